@@ -1,0 +1,323 @@
+package ext4
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"io"
+	"strings"
+
+	"banger/ext4/internal/disk"
+)
+
+// A Writer makes one file system. It is not safe for concurrent use.
+//
+// After an error of the File every call fails with it. After an error of
+// Place's reader or of Add's arguments the Writer goes on as if that call had
+// not been made.
+type Writer struct {
+	out       *output
+	maxBlocks uint64
+	gdtRoom   uint64   // blocks kept free for descriptors after each superblock
+	supers    []uint64 // first blocks of groups with a superblock below maxBlocks
+	nextSuper int      // supers[nextSuper] is the first one not below cursor
+	cursor    uint64   // where the next data block goes
+	placed    uint64   // data blocks in all contents, dead or not
+	live      uint64   // those of contents that are not dead
+
+	root     *node
+	nodes    []*node // in the order of Add, without the root
+	lastPath string  // directory of the last Add
+	lastDir  *node
+	finished bool
+	probe    [1]byte // reads what should not be there
+	surveyed *survey // of the tree as it is, or nil
+}
+
+// NewWriter starts an image in f, whose content is lost. The caller keeps f:
+// the Writer neither syncs nor closes it.
+func NewWriter(f File, opts Options) (*Writer, error) {
+	size := opts.MaxSizeBytes
+	if size == 0 {
+		size = defaultMaxSizeBytes
+	}
+	if size < MinImageBytes || size > MaxImageBytes {
+		return nil, fmt.Errorf("largest image size %d: not between %d and %d", size, MinImageBytes, int64(MaxImageBytes))
+	}
+	if err := f.Truncate(0); err != nil {
+		return nil, fmt.Errorf("image: %w", err)
+	}
+	w := &Writer{out: newOutput(f), maxBlocks: uint64(size) / disk.BlockSize}
+	groups := ceilDiv(w.maxBlocks, disk.BlocksPerGroup)
+	w.gdtRoom = ceilDiv(groups, disk.DescsPerBlock)
+	for g := range groups {
+		if hasSuper(g) {
+			w.supers = append(w.supers, g*disk.BlocksPerGroup)
+		}
+	}
+	w.root = &node{mode: disk.TypeDir | 0o755, dir: &directory{entries: make(map[string]*node)}}
+	w.root.dir.parent = w.root
+	w.skipSuper()
+	return w, nil
+}
+
+// hasSuper tells whether a group holds a superblock under sparse_super.
+func hasSuper(group uint64) bool {
+	if group <= 1 {
+		return true
+	}
+	for _, base := range [...]uint64{3, 5, 7} {
+		n := base
+		for n < group {
+			n *= base
+		}
+		if n == group {
+			return true
+		}
+	}
+	return false
+}
+
+// skipSuper moves the cursor past a superblock and its descriptors, if it
+// stands at one, and gives the number of blocks up to the next.
+func (w *Writer) skipSuper() uint64 {
+	if w.nextSuper < len(w.supers) && w.cursor == w.supers[w.nextSuper] {
+		w.cursor += 1 + w.gdtRoom
+		w.nextSuper++
+	}
+	end := w.maxBlocks
+	if w.nextSuper < len(w.supers) {
+		end = w.supers[w.nextSuper]
+	}
+	if w.cursor >= end {
+		return 0
+	}
+	return end - w.cursor
+}
+
+func (w *Writer) usable() error {
+	if w.finished {
+		return errors.New("image: already finished")
+	}
+	return w.out.err
+}
+
+var zeros [256 * disk.BlockSize]byte
+
+// granule is the smallest hole, in blocks, that a file with so many extents
+// still gets. It grows, so that a file of alternating blocks cannot cost an
+// extent (16 bytes of memory) for each of them.
+func granule(extents int) int { return 1 << min(extents/4096, 8) }
+
+// Place streams exactly sizeBytes from r into the image; fewer or more are an
+// error. Blocks of zeros become holes. Content that is in no Inode when Finish
+// is called is dropped.
+func (w *Writer) Place(r io.Reader, sizeBytes int64) (*Content, error) {
+	if err := w.usable(); err != nil {
+		return nil, err
+	}
+	if sizeBytes < 0 || sizeBytes > MaxFileBytes {
+		return nil, fmt.Errorf("content of %d bytes: not between 0 and %d", sizeBytes, int64(MaxFileBytes))
+	}
+	c := &Content{writer: w, size: sizeBytes}
+	err := w.stream(c, r)
+	w.placed += c.blocks()
+	if err != nil {
+		return nil, err
+	}
+	w.live += c.blocks()
+	return c, nil
+}
+
+func (w *Writer) stream(c *Content, r io.Reader) error {
+	// Reads smaller than this are not worth saving a flush for.
+	const goodRead = 64 << 10
+	logical := uint32(0)
+	for left := c.size; left > 0; {
+		run := w.skipSuper()
+		if run == 0 {
+			return fmt.Errorf("content of %d bytes: %w: the largest size allowed is %d", c.size, ErrNoSpace, w.maxBlocks*disk.BlockSize)
+		}
+		unit := granule(len(c.extents)) * disk.BlockSize
+		whole := ceilDiv(left, disk.BlockSize) * disk.BlockSize
+		buf, err := w.out.room(w.cursor, int(min(whole, int64(max(goodRead, unit)))))
+		if err != nil {
+			return err
+		}
+		n := int(min(int64(len(buf)), left, int64(min(run, outputBytes/disk.BlockSize))*disk.BlockSize))
+		if _, err := io.ReadFull(r, buf[:n]); err != nil {
+			return readError(c.size, c.size-left, err)
+		}
+		left -= int64(n)
+		padded := ceilDiv(n, disk.BlockSize) * disk.BlockSize
+		clear(buf[n:padded])
+		kept := 0
+		for at := 0; at < padded; at += unit {
+			part := buf[at:min(at+unit, padded)]
+			blocks := uint32(len(part) / disk.BlockSize)
+			if !bytes.Equal(part, zeros[:len(part)]) {
+				if at != kept {
+					copy(buf[kept:], part)
+				}
+				c.add(logical, w.cursor, blocks)
+				w.cursor += uint64(blocks)
+				kept += len(part)
+			}
+			logical += blocks
+		}
+		w.out.commit(kept)
+	}
+	switch n, err := io.ReadFull(r, w.probe[:]); {
+	case n > 0:
+		return fmt.Errorf("content of %d bytes: input is longer", c.size)
+	case err != io.EOF:
+		return fmt.Errorf("content of %d bytes: after its end: %w", c.size, err)
+	}
+	return nil
+}
+
+func readError(size, before int64, err error) error {
+	if err == io.EOF || err == io.ErrUnexpectedEOF {
+		return fmt.Errorf("content of %d bytes: input is shorter: %w", size, io.ErrUnexpectedEOF)
+	}
+	return fmt.Errorf("content of %d bytes: after %d: %w", size, before, err)
+}
+
+// Discard gives up content; its bytes will not be in the finished image.
+// Discarding twice, or nil, or the content of an Inode that was added, does
+// nothing.
+func (w *Writer) Discard(c *Content) {
+	if c == nil || c.dead || c.owner != nil || c.writer != w {
+		return
+	}
+	c.dead = true
+	w.live -= c.blocks()
+	c.extents = nil
+}
+
+// UsedBytes is the room taken by contents that are not discarded.
+func (w *Writer) UsedBytes() int64 { return int64(w.live) * disk.BlockSize }
+
+// Add gives n the name path: clean, relative to the root, separated by
+// slashes, its parent added before it. "/", "." and "" are the root directory
+// itself, whose attributes may be given once at any time.
+//
+// Names are arbitrary bytes but for slash and NUL; every refusal names the path.
+func (w *Writer) Add(path string, n *Inode) error {
+	if err := w.usable(); err != nil {
+		return err
+	}
+	if err := w.add(path, n); err != nil {
+		return fmt.Errorf("%q: %w", path, err)
+	}
+	w.surveyed = nil
+	return nil
+}
+
+func (w *Writer) add(path string, in *Inode) error {
+	if in.writer != nil && in.writer != w {
+		return errors.New("inode belongs to another image")
+	}
+	if path == "" || path == "/" || path == "." {
+		return w.setRoot(in)
+	}
+	parent, name, err := w.locate(path)
+	if err != nil {
+		return err
+	}
+	if in.node != nil {
+		switch {
+		case in.node.isDir():
+			return errors.New("a directory cannot have a second name")
+		case in.node.links >= MaxLinks:
+			return fmt.Errorf("more than %d links to one file", MaxLinks)
+		}
+		in.node.links++
+		parent.dir.entries[strings.Clone(name)] = in.node
+		return nil
+	}
+	if len(w.nodes) >= 1<<32-16 {
+		return errors.New("too many inodes")
+	}
+	n, err := newNode(in)
+	if err != nil {
+		return err
+	}
+	if c := n.content; c != nil {
+		switch {
+		case c.writer != w:
+			return errors.New("content belongs to another image")
+		case c.dead:
+			return errors.New("content was discarded")
+		case c.owner != nil:
+			return errors.New("content belongs to another file")
+		}
+		c.owner = n
+	}
+	if n.isDir() {
+		n.dir.parent = parent
+		parent.dir.subdirs++
+	} else {
+		n.links = 1
+	}
+	in.writer, in.node = w, n
+	w.nodes = append(w.nodes, n)
+	parent.dir.entries[strings.Clone(name)] = n
+	return nil
+}
+
+func (w *Writer) setRoot(in *Inode) error {
+	if in.node != nil {
+		return errors.New("inode has a name already")
+	}
+	n, err := newNode(in)
+	if err != nil {
+		return err
+	}
+	if !n.isDir() {
+		return errors.New("the root must be a directory")
+	}
+	// Children know the root by its address, so it stays.
+	n.dir = w.root.dir
+	*w.root = *n
+	in.writer, in.node = w, w.root
+	return nil
+}
+
+// locate finds the directory that a new path goes to.
+func (w *Writer) locate(path string) (parent *node, name string, err error) {
+	dir := ""
+	if i := strings.LastIndexByte(path, '/'); i >= 0 {
+		if dir, name = path[:i], path[i+1:]; dir == "" {
+			return nil, "", errors.New("absolute path")
+		}
+	} else {
+		name = path
+	}
+	if err := checkName(name); err != nil {
+		return nil, "", err
+	}
+	parent = w.root
+	if w.lastDir != nil && dir == w.lastPath {
+		parent = w.lastDir
+	} else if dir != "" {
+		for part := range strings.SplitSeq(dir, "/") {
+			if err := checkName(part); err != nil {
+				return nil, "", err
+			}
+			child := parent.dir.entries[part]
+			switch {
+			case child == nil:
+				return nil, "", fmt.Errorf("parent %q was not added", part)
+			case !child.isDir():
+				return nil, "", fmt.Errorf("parent %q is not a directory", part)
+			}
+			parent = child
+		}
+		w.lastPath, w.lastDir = strings.Clone(dir), parent
+	}
+	if parent.dir.entries[name] != nil {
+		return nil, "", errors.New("exists already")
+	}
+	return parent, name, nil
+}
