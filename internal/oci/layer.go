@@ -1,0 +1,440 @@
+package oci
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"hash"
+	"io"
+	"sync"
+	"sync/atomic"
+
+	"github.com/klauspost/compress/gzip"
+	"github.com/klauspost/compress/zstd"
+)
+
+// Uncompressed bytes wait in at most this much memory between the goroutine
+// that inflates and the one that places.
+const (
+	chunkBytes = 256 << 10
+	chunkCount = 8
+)
+
+// maxVerdictBytes is how much of a damaged layer is still read to say whether
+// its digest was wrong to begin with.
+const maxVerdictBytes = 256 << 20
+
+// A blob is one tar stream to squash: a layer, or a tar that stands alone.
+type blob struct {
+	label     string // for errors
+	digest    string // of the stored bytes; "" for a stream of which nothing is known
+	diffID    string // of the uncompressed bytes; "" as above
+	mediaType string // "" takes any compression
+	sizeBytes int64  // as stored; -1 unknown
+	keep      Blobs  // where it goes while it is read; nil: nowhere
+	open      func(context.Context, *progress) (io.ReadCloser, error)
+	filter    func(*entry) bool // what to leave out; nil: nothing
+	inputSum  *string           // set to the digest of the stored bytes
+	layered   bool
+}
+
+// chunk is a piece of an uncompressed stream, or (last) its end.
+type chunk struct {
+	buf  []byte
+	n    int
+	last bool
+	err  error // of the stream; last is set
+}
+
+// pipeline runs three stages over all blobs in turn: fetch, verify and inflate;
+// hash; parse and place. The first two are goroutines; since one goroutine
+// inflates all blobs, the next blob is under way while the last chunks of this
+// one are placed, and there is never more than one decoder's memory.
+type pipeline struct {
+	ctx      context.Context
+	blobs    []blob
+	lim      limits
+	progress *progress
+
+	free     chan []byte
+	raw      chan chunk
+	hashed   chan chunk
+	rejected atomic.Int32 // number (from 1) of the blob whose tar is bad: only its digest is still of interest
+
+	total, fetched int64 // compressed bytes
+	expanded       int64
+}
+
+func squashLayers[C any](ctx context.Context, b *builder[C], blobs []blob, p *progress, lim limits) error {
+	ctx, cancel := context.WithCancel(ctx)
+	pl := &pipeline{
+		ctx: ctx, blobs: blobs, lim: lim, progress: p,
+		free: make(chan []byte, chunkCount), raw: make(chan chunk, chunkCount), hashed: make(chan chunk, chunkCount),
+	}
+	for range chunkCount {
+		pl.free <- make([]byte, chunkBytes)
+	}
+	for _, bl := range blobs {
+		if bl.sizeBytes < 0 {
+			pl.total = 0
+			break
+		}
+		pl.total += bl.sizeBytes
+	}
+	var wg sync.WaitGroup
+	wg.Go(pl.inflate)
+	wg.Go(pl.hash)
+	defer wg.Wait()
+	defer cancel()
+	for i := range blobs {
+		bl := &blobs[i]
+		b.begin(bl.layered)
+		r := &chunkReader{pl: pl}
+		add := b.add
+		if bl.filter != nil {
+			add = func(e *entry, body io.Reader) error {
+				if !bl.filter(e) {
+					return nil
+				}
+				return b.add(e, body)
+			}
+		}
+		trailing, ended, err := readTar(r, add)
+		if err != nil {
+			// A wrong digest explains damage better than the damage does.
+			pl.rejected.Store(int32(i + 1))
+			if bl.digest != "" && !r.ended {
+				_, _ = drain(r)
+			}
+			if mismatch, ok := errors.AsType[*mismatchError](r.err); ok {
+				err = mismatch
+			}
+			return fmt.Errorf("%s: %w", bl.label, err)
+		}
+		if !ended && bl.diffID == "" {
+			return fmt.Errorf("%s: %w", bl.label, errCutShort)
+		}
+		if trailing > 0 {
+			b.notes[bl.label+": bytes after the end of its tar left out"] += int(trailing)
+		}
+		if err := b.end(); err != nil {
+			return fmt.Errorf("%s: %w", bl.label, err)
+		}
+	}
+	return nil
+}
+
+// chunkReader is the stream of one blob at the pipeline's end.
+type chunkReader struct {
+	pl    *pipeline
+	cur   chunk
+	at    int
+	ended bool
+	err   error
+}
+
+func (r *chunkReader) Read(p []byte) (int, error) {
+	for {
+		if r.err != nil {
+			return 0, r.err
+		}
+		if r.at < r.cur.n {
+			n := copy(p, r.cur.buf[r.at:r.cur.n])
+			r.at += n
+			return n, nil
+		}
+		if r.cur.buf != nil {
+			r.pl.free <- r.cur.buf
+			r.cur = chunk{}
+		}
+		select {
+		case c, ok := <-r.pl.hashed:
+			if !ok {
+				r.err = context.Cause(r.pl.ctx)
+				if r.err == nil {
+					r.err = errors.New("internal: stream without an end")
+				}
+				continue
+			}
+			if c.last {
+				r.ended = true
+				if r.err = c.err; r.err == nil {
+					r.err = io.EOF
+				}
+				continue
+			}
+			r.cur, r.at = c, 0
+		case <-r.pl.ctx.Done():
+			r.err = context.Cause(r.pl.ctx)
+		}
+	}
+}
+
+// hash checks DiffIDs.
+func (pl *pipeline) hash() {
+	defer close(pl.hashed)
+	h := sha256.New()
+	i := 0
+	for c := range pl.raw {
+		if !c.last {
+			if pl.blobs[i].diffID != "" {
+				h.Write(c.buf[:c.n])
+			}
+		} else {
+			if want := pl.blobs[i].diffID; want != "" && c.err == nil && pl.rejected.Load() != int32(i+1) {
+				if got := digestOf(h); got != want {
+					c.err = &mismatchError{what: "DiffID", got: got, want: want}
+				}
+			}
+			h.Reset()
+			i++
+		}
+		select {
+		case pl.hashed <- c:
+		case <-pl.ctx.Done():
+			return
+		}
+	}
+}
+
+func (pl *pipeline) inflate() {
+	defer close(pl.raw)
+	for i := range pl.blobs {
+		err := pl.inflateOne(i)
+		select {
+		case pl.raw <- chunk{last: true, err: err}:
+		case <-pl.ctx.Done():
+			return
+		}
+		if err != nil {
+			return
+		}
+	}
+}
+
+func (pl *pipeline) inflateOne(i int) (err error) {
+	bl := &pl.blobs[i]
+	body, err := bl.open(pl.ctx, pl.progress)
+	if err != nil {
+		return err
+	}
+	defer body.Close()
+	v := &verifier{ctx: pl.ctx, r: body, h: sha256.New(), want: bl.digest, size: bl.sizeBytes, most: pl.lim.blobSize}
+	v.step = func(n int) {
+		pl.fetched += int64(n)
+		pl.progress.report("fetch", bl.label, pl.fetched, pl.total)
+	}
+	if bl.keep != nil {
+		w, err := bl.keep.Create(bl.digest)
+		if err != nil {
+			return &localError{fmt.Errorf("blob cache: %w", err)}
+		}
+		v.tee = w
+		defer func() {
+			// The cache has what the digest promises even if the tar inside is bad.
+			if !v.checked || v.teeErr != nil {
+				_ = w.Abort()
+			} else if cerr := w.Commit(); cerr != nil && err == nil {
+				err = &localError{fmt.Errorf("blob cache: %w", cerr)}
+			}
+		}()
+	}
+	in := bufio.NewReaderSize(v, chunkBytes)
+	err = pl.inflateBody(i, in)
+	if (err != nil || pl.rejected.Load() == int32(i+1)) && v.size-v.n > maxVerdictBytes {
+		return err
+	}
+	// What the decoder left must be hashed too; a wrong digest counts first.
+	if verr := v.finish(in); verr != nil {
+		if _, ok := errors.AsType[*mismatchError](verr); ok || err == nil {
+			err = verr
+		}
+	}
+	if bl.inputSum != nil && err == nil {
+		*bl.inputSum = digestOf(v.h)
+	}
+	return err
+}
+
+func (pl *pipeline) inflateBody(i int, in *bufio.Reader) error {
+	r, err := decompress(in, pl.blobs[i].mediaType)
+	if err != nil {
+		return err
+	}
+	defer r.Close()
+	for {
+		var buf []byte
+		select {
+		case buf = <-pl.free:
+		case <-pl.ctx.Done():
+			return context.Cause(pl.ctx)
+		}
+		n, err := 0, error(nil)
+		for n < len(buf) && err == nil {
+			var m int
+			m, err = r.Read(buf[n:])
+			n += m
+		}
+		if pl.expanded += int64(n); pl.expanded > pl.lim.expandedBytes {
+			return fmt.Errorf("layers of more than %d bytes uncompressed", pl.lim.expandedBytes)
+		}
+		select {
+		case pl.raw <- chunk{buf: buf, n: n}:
+		case <-pl.ctx.Done():
+			return context.Cause(pl.ctx)
+		}
+		if err == io.EOF {
+			return nil
+		}
+		if err != nil {
+			return inflateError(err)
+		}
+		if pl.rejected.Load() == int32(i+1) {
+			return nil // its reader has an error already
+		}
+	}
+}
+
+func inflateError(err error) error {
+	switch {
+	case errors.Is(err, io.ErrUnexpectedEOF):
+		return errors.New("the compressed stream is cut short")
+	case errors.Is(err, gzip.ErrHeader), errors.Is(err, gzip.ErrChecksum):
+		return errors.New("the gzip stream is damaged")
+	case errors.Is(err, zstd.ErrWindowSizeExceeded), errors.Is(err, zstd.ErrDecoderSizeExceeded):
+		return fmt.Errorf("the zstd stream needs a window of more than %d bytes", MaxZstdWindow)
+	}
+	return err
+}
+
+// compression is told by the first bytes; a media type only has to agree.
+func decompress(in *bufio.Reader, mediaType string) (io.ReadCloser, error) {
+	magic, err := in.Peek(4)
+	if err != nil && err != io.EOF {
+		return nil, err
+	}
+	kind := ""
+	switch {
+	case len(magic) >= 2 && magic[0] == 0x1f && magic[1] == 0x8b:
+		kind = "gzip"
+	case len(magic) == 4 && (bytes.Equal(magic, []byte{0x28, 0xb5, 0x2f, 0xfd}) ||
+		magic[0]&0xf0 == 0x50 && bytes.Equal(magic[1:], []byte{0x2a, 0x4d, 0x18})):
+		kind = "zstd" // a frame or a skippable frame
+	case mediaType == "" && len(magic) == 4 && bytes.Equal(magic, []byte{0xfd, '7', 'z', 'X'}):
+		return nil, errors.New("compressed with xz, which is not supported: gzip, zstd or none is")
+	}
+	if mediaType != "" {
+		want, _ := layerCompression(mediaType)
+		if want != kind {
+			return nil, fmt.Errorf("media type %q does not fit its content (%s)", mediaType, compressionWord(kind))
+		}
+	}
+	switch kind {
+	case "gzip":
+		return gzip.NewReader(in)
+	case "zstd":
+		d, err := zstd.NewReader(in, zstd.WithDecoderConcurrency(1), zstd.WithDecoderLowmem(true), zstd.WithDecoderMaxWindow(MaxZstdWindow))
+		if err != nil {
+			return nil, err
+		}
+		return d.IOReadCloser(), nil
+	}
+	return io.NopCloser(in), nil
+}
+
+func compressionWord(kind string) string {
+	if kind == "" {
+		return "neither gzip nor zstd"
+	}
+	return kind
+}
+
+// mismatchError is a digest or size other than promised.
+type mismatchError struct{ what, got, want string }
+
+func (e *mismatchError) Error() string {
+	return fmt.Sprintf("%s is %s, expected %s", e.what, e.got, e.want)
+}
+
+func digestOf(h hash.Hash) string { return "sha256:" + hex.EncodeToString(h.Sum(nil)) }
+
+// verifier hashes and counts a blob while it is read and copies it to tee.
+type verifier struct {
+	r    io.Reader
+	h    hash.Hash
+	want string // digest; "" checks nothing
+	size int64  // -1 unknown
+	most int64  // cap where size is unknown
+	tee  io.Writer
+	step func(n int)
+	ctx  context.Context
+
+	n       int64
+	end     error // what reading ended with
+	teeErr  error
+	checked bool // size and digest were right
+}
+
+func (v *verifier) Read(p []byte) (int, error) {
+	if v.end != nil {
+		return 0, v.end
+	}
+	if v.ctx.Err() != nil {
+		v.end = context.Cause(v.ctx)
+		return 0, v.end
+	}
+	limit := v.size
+	if limit < 0 {
+		limit = v.most
+	}
+	// One byte more than promised is read, to see that it is not there.
+	if left := limit - v.n + 1; int64(len(p)) > left {
+		p = p[:left]
+	}
+	n, err := v.r.Read(p)
+	v.n += int64(n)
+	if v.n > limit {
+		v.end = &mismatchError{what: "size", got: fmt.Sprintf("more than %d bytes", limit), want: fmt.Sprintf("%d bytes", limit)}
+		return 0, v.end
+	}
+	v.h.Write(p[:n])
+	if v.tee != nil && n > 0 {
+		if _, terr := v.tee.Write(p[:n]); terr != nil {
+			v.teeErr = terr
+			v.end = &localError{fmt.Errorf("blob cache: %w", terr)}
+			return 0, v.end
+		}
+	}
+	if v.step != nil {
+		v.step(n)
+	}
+	if err == io.EOF && v.size >= 0 && v.n != v.size {
+		err = &mismatchError{what: "size", got: fmt.Sprintf("%d bytes", v.n), want: fmt.Sprintf("%d bytes", v.size)}
+	}
+	v.end = err
+	return n, err
+}
+
+// finish reads what is left of the blob, in being what was buffered from v,
+// and compares the digest.
+func (v *verifier) finish(in io.Reader) error {
+	if v.end == nil || v.end == io.EOF {
+		if _, err := io.Copy(io.Discard, in); err != nil {
+			return err
+		}
+	}
+	if v.end != io.EOF {
+		return v.end
+	}
+	if v.want != "" {
+		if got := digestOf(v.h); got != v.want {
+			return &mismatchError{what: "digest", got: got, want: v.want}
+		}
+	}
+	v.checked = true
+	return nil
+}
