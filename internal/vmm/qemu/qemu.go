@@ -1,0 +1,518 @@
+// Package qemu is the driver for QEMU's microvm machine on x86-64 Linux, with
+// KVM where that works and TCG elsewhere.
+//
+// QEMU is given descriptors, not paths: drives as descriptor sets, kernel and
+// initrd by /proc/self/fd, and one end of a socket pair each for the agent
+// channel, the console and QMP. So no path can be misread as an option, every
+// file is checked before anything is spawned, a read-only drive is one whose
+// descriptor cannot write, no socket lies in the file system, and RunDir stays
+// empty.
+package qemu
+
+import (
+	"bufio"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"math"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"sync/atomic"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"banger"
+	"banger/internal/vmm"
+	"banger/internal/wire"
+)
+
+const (
+	program    = "qemu-system-x86_64"
+	driverName = "qemu"
+	// agentDevice is the id of the virtio-serial port in QMP's events.
+	agentDevice = "agent"
+
+	// maxCPUs is what the microvm machine takes.
+	maxCPUs = 288
+	// minMemoryBytes is what a distribution's kernel needs to come up at all.
+	minMemoryBytes = 64 << 20
+	// maxDrives is how many of microvm's virtio-mmio slots are used for
+	// drives; the others are for the channel, the random generator and network.
+	maxDrives = 16
+	// maxCommandLineBytes is COMMAND_LINE_SIZE of Linux on x86, less its NUL.
+	maxCommandLineBytes = 2048 - 1
+
+	// probeTimeout bounds one run of the program for its version.
+	probeTimeout      = 5 * time.Second
+	maxProbeBytes     = 4 << 10
+	maxMeminfoBytes   = 16 << 10
+	sandboxArg        = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
+	firstInheritedFD  = 3
+	sandboxDenialWord = "sandbox" // in what a QEMU built without seccomp prints
+)
+
+// A Driver starts machines on QEMU. It may be used from any goroutine.
+type Driver struct {
+	program   string
+	probe     func() kvmResult
+	noSandbox atomic.Bool // this QEMU was built without seccomp
+}
+
+// New makes a driver for the QEMU found in PATH when it is needed.
+func New() *Driver { return &Driver{program: program, probe: probeKVM} }
+
+var _ vmm.Driver = (*Driver)(nil)
+
+// Probe runs the program once for its version.
+func (d *Driver) Probe(ctx context.Context, accel banger.Accel) (vmm.Info, error) {
+	info, err := d.find(accel)
+	if err != nil {
+		return vmm.Info{}, err
+	}
+	// Options are taken in order: without support the first one ends it.
+	out, err := runProgram(ctx, info.Program, "-sandbox", sandboxArg, "-version")
+	info.Sandbox = err == nil
+	if err != nil {
+		if out, err = runProgram(ctx, info.Program, "-version"); err != nil {
+			return vmm.Info{}, banger.Errorf(banger.CodeUnavailable, "qemu: %s does not run: %w", info.Program, err).
+				WithHint("reinstall QEMU; %s -version must work", info.Program)
+		}
+	}
+	first, _, _ := strings.Cut(out, "\n")
+	rest, ok := strings.CutPrefix(first, "QEMU emulator version ")
+	if !ok {
+		return vmm.Info{}, banger.Errorf(banger.CodeUnavailable, "qemu: %s answers %q, which is not a version of QEMU", info.Program, first)
+	}
+	info.Version, _, _ = strings.Cut(rest, " ")
+	return info, nil
+}
+
+// find resolves the program and the accelerator.
+func (d *Driver) find(accel banger.Accel) (vmm.Info, error) {
+	path, err := exec.LookPath(d.program)
+	if err == nil {
+		path, err = filepath.Abs(path)
+	}
+	if err != nil {
+		return vmm.Info{}, banger.Errorf(banger.CodeUnavailable, "qemu: %s is not in PATH", d.program).
+			WithHint("install QEMU for x86-64: the package qemu-system-x86 (Debian, Ubuntu: apt install qemu-system-x86; Fedora: dnf install qemu-system-x86)")
+	}
+	info := vmm.Info{Driver: driverName, Program: path}
+	switch accel {
+	case banger.AccelTCG:
+		info.Accel, info.Reason = banger.AccelTCG, "asked for by name"
+	case banger.AccelKVM:
+		r := d.probe()
+		if !r.works {
+			hint := "--accel tcg runs it in software, slower and without isolation"
+			if r.hint != "" {
+				hint = r.hint + "; or " + hint
+			}
+			return vmm.Info{}, banger.Errorf(banger.CodeUnavailable, "kvm: %s", r.reason).WithHint("%s", hint)
+		}
+		info.Accel, info.Reason = banger.AccelKVM, r.reason
+	case banger.AccelAuto, "":
+		r := d.probe()
+		info.Accel, info.Reason = banger.AccelTCG, r.reason
+		if r.works {
+			info.Accel = banger.AccelKVM
+		} else if r.hint != "" {
+			info.Reason += " (" + r.hint + ")"
+		}
+	default:
+		return vmm.Info{}, banger.Errorf(banger.CodeUsage, "accel: %q is none of auto, kvm, tcg", accel)
+	}
+	return info, nil
+}
+
+// runProgram returns what the program prints, bounded in time and length.
+func runProgram(ctx context.Context, path string, args ...string) (string, error) {
+	ctx, cancel := context.WithTimeout(ctx, probeTimeout)
+	defer cancel()
+	cmd := exec.CommandContext(ctx, path, args...)
+	cmd.Env, cmd.Dir = environment(), "/"
+	cmd.WaitDelay = time.Second
+	out := tail{limit: maxProbeBytes}
+	cmd.Stdout = &out
+	err := cmd.Run()
+	return string(out.Bytes()), err
+}
+
+// environment is what QEMU gets: messages in English, and PATH for a wrapper.
+func environment() []string {
+	return []string{"LC_ALL=C", "PATH=" + os.Getenv("PATH")}
+}
+
+// Start implements vmm.Driver. All descriptors of the calling process are
+// marked close-on-exec, since what the process itself inherited is not.
+func (d *Driver) Start(ctx context.Context, m vmm.Machine) (vmm.Process, error) {
+	if err := check(m); err != nil {
+		return nil, err
+	}
+	info, err := d.find(m.Accel)
+	if err != nil {
+		return nil, err
+	}
+	for {
+		sandbox := !d.noSandbox.Load()
+		info.Sandbox = sandbox
+		p, err := start(ctx, m, info)
+		// A QEMU without seccomp says so at once; asking it beforehand would
+		// cost every start the time of one more process.
+		var early *earlyExit
+		if sandbox && errors.As(err, &early) && strings.Contains(early.output, sandboxDenialWord) {
+			d.noSandbox.Store(true)
+			continue
+		}
+		if err != nil {
+			return nil, err
+		}
+		return p, nil
+	}
+}
+
+// check refuses what no QEMU here could run.
+func check(m vmm.Machine) error {
+	if len(m.ID) != 12 || strings.Trim(m.ID, "0123456789abcdef") != "" {
+		return banger.Errorf(banger.CodeInternal, "machine: id %q is not 12 hex digits", m.ID)
+	}
+	if m.CPUs < 1 || m.CPUs > maxCPUs {
+		return banger.Errorf(banger.CodeUsage, "cpus: %d asked, QEMU's microvm takes 1 to %d", m.CPUs, maxCPUs)
+	}
+	if m.MemoryBytes < minMemoryBytes {
+		return banger.Errorf(banger.CodeUsage, "memory: %d bytes asked, the least is %d (64 MiB)", m.MemoryBytes, int64(minMemoryBytes))
+	}
+	if m.MemoryBytes%(1<<20) != 0 {
+		return banger.Errorf(banger.CodeUsage, "memory: %d bytes asked, which is not a multiple of 1 MiB", m.MemoryBytes)
+	}
+	total, err := hostMemoryBytes()
+	if err != nil {
+		return err
+	}
+	if m.MemoryBytes > total {
+		return banger.Errorf(banger.CodeUnavailable, "memory: %d MiB asked, the host has %d MiB", m.MemoryBytes>>20, total>>20).
+			WithHint("ask for less with -m")
+	}
+	if len(m.Drives) > maxDrives {
+		return banger.Errorf(banger.CodeUsage, "drives: %d asked, QEMU's microvm takes %d", len(m.Drives), maxDrives)
+	}
+	if n := len(commandLine(m, 0)); n > maxCommandLineBytes {
+		return banger.Errorf(banger.CodeUsage, "kernel command line: %d bytes, Linux takes %d", n, maxCommandLineBytes)
+	}
+	return nil
+}
+
+// hostMemoryBytes is MemTotal of /proc/meminfo (proc(5)).
+func hostMemoryBytes() (int64, error) {
+	f, err := os.Open("/proc/meminfo")
+	if err != nil {
+		return 0, fmt.Errorf("host memory: %w", err)
+	}
+	defer f.Close()
+	lines := bufio.NewScanner(io.LimitReader(f, maxMeminfoBytes))
+	for lines.Scan() {
+		if rest, ok := strings.CutPrefix(lines.Text(), "MemTotal:"); ok {
+			kib, err := strconv.ParseInt(strings.TrimSpace(strings.TrimSuffix(rest, "kB")), 10, 53)
+			if err != nil {
+				return 0, fmt.Errorf("host memory: %w", err)
+			}
+			return kib << 10, nil
+		}
+	}
+	return 0, errors.New("host memory: /proc/meminfo has no MemTotal")
+}
+
+// An earlyExit is a QEMU that ended before its guest began.
+type earlyExit struct {
+	err    error
+	output string
+}
+
+func (e *earlyExit) Error() string { return e.err.Error() }
+
+// start spawns one QEMU and brings it to its first guest instruction.
+func start(ctx context.Context, m vmm.Machine, info vmm.Info) (_ *process, err error) {
+	if err := context.Cause(ctx); err != nil {
+		return nil, fmt.Errorf("qemu: %w", err)
+	}
+	tscKHz := 0
+	if info.Accel == banger.AccelTCG {
+		if tscKHz, err = hostTSCKHz(); err != nil {
+			return nil, err
+		}
+	}
+	var in inherited
+	defer in.close()
+	p := &process{
+		info: info, console: m.Console,
+		consoleTail: tail{limit: consoleTailBytes}, outputTail: tail{limit: vmm.MaxOutputBytes},
+		reaped: make(chan struct{}), done: make(chan struct{}),
+	}
+	var opened []io.Closer // of the host's ends, until watch owns them
+	defer func() {
+		if err != nil {
+			for _, c := range opened {
+				c.Close()
+			}
+		}
+	}()
+
+	args, err := arguments(m, info, tscKHz, &in)
+	if err != nil {
+		return nil, err
+	}
+	ends := make(map[string]net.Conn)
+	for _, name := range []string{"agent", "console", "qmp"} {
+		conn, fd, err := in.socket()
+		if err != nil {
+			return nil, fmt.Errorf("qemu: %s: %w", name, err)
+		}
+		opened = append(opened, conn)
+		ends[name] = conn
+		args = append(args, "-chardev", fmt.Sprintf("socket,id=%s,fd=%d", name, fd))
+	}
+	args = append(args,
+		"-device", "virtio-serial-device,max_ports=2",
+		"-device", "virtserialport,chardev=agent,id="+agentDevice+",name="+wire.PortName,
+		"-serial", "chardev:console",
+		"-mon", "chardev=qmp,mode=control")
+
+	printed, theirs, err := os.Pipe()
+	if err != nil {
+		return nil, fmt.Errorf("qemu: %w", err)
+	}
+	defer theirs.Close()
+	opened = append(opened, printed)
+
+	p.serial, p.printed = ends["console"], printed
+	p.monitor = newMonitor(ends["qmp"], p.onEvent)
+	p.channel = newChannel(ends["agent"], p.paused)
+	p.cmd = &exec.Cmd{
+		Path: info.Program, Args: append([]string{info.Program}, args...),
+		Env: environment(), Dir: "/",
+		Stdout: theirs, Stderr: theirs, ExtraFiles: in.files,
+		// Own process group: a terminal's Ctrl-C is not for QEMU.
+		SysProcAttr: &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL, Setpgid: true},
+	}
+	if err := unix.CloseRange(firstInheritedFD, math.MaxUint32, unix.CLOSE_RANGE_CLOEXEC); err != nil && !errors.Is(err, unix.ENOSYS) {
+		return nil, fmt.Errorf("qemu: descriptors: %w", err)
+	}
+	if err := p.spawn(); err != nil {
+		return nil, banger.Errorf(banger.CodeUnavailable, "qemu: %s does not start: %w", info.Program, err)
+	}
+	in.close()
+	theirs.Close()
+	opened = nil
+	p.watch()
+
+	// QEMU starts stopped, so no event can be missed.
+	if err = p.monitor.negotiate(ctx); err == nil {
+		p.info.Version = p.monitor.version
+		err = p.monitor.execute(ctx, "cont", nil)
+	}
+	if err == nil {
+		return p, nil
+	}
+	ended := errors.Is(err, vmm.ErrEnded)
+	if ended {
+		// It closed the connection, so it is about to end.
+		select {
+		case <-p.done:
+		case <-time.After(drainLimit):
+			ended = false
+		case <-ctx.Done():
+			ended, err = false, context.Cause(ctx)
+		}
+	}
+	_ = p.Kill()
+	<-p.done
+	if ended {
+		return nil, p.explain()
+	}
+	if e := p.Exit().Output; e != "" {
+		return nil, fmt.Errorf("qemu: %w (it printed %q)", err, e)
+	}
+	return nil, fmt.Errorf("qemu: %w", err)
+}
+
+// explain turns an early end into an error whose next step is known where the
+// reason is.
+func (p *process) explain() error {
+	early := &earlyExit{err: p.endedEarly(), output: p.Exit().Output}
+	switch {
+	case strings.Contains(early.output, "lock"):
+		return banger.Errorf(banger.CodeConflict, "%w", early).WithHint("a drive is in use by another VM or program")
+	case strings.Contains(early.output, "Cannot allocate memory") || strings.Contains(early.output, "cannot set up guest memory"):
+		return banger.Errorf(banger.CodeUnavailable, "%w", early).WithHint("the host has too little free memory: stop another VM or ask for less with -m")
+	}
+	return banger.Errorf(banger.CodeUnavailable, "%w", early)
+}
+
+// arguments builds the command line but for the character devices, opening
+// the machine's files on the way.
+func arguments(m vmm.Machine, info vmm.Info, tscKHz int, in *inherited) ([]string, error) {
+	args := []string{
+		"-name", "banger-" + m.ID,
+		"-M", "microvm,acpi=on,dump-guest-core=off",
+		"-nodefaults", "-no-user-config", "-display", "none", "-no-reboot", "-S",
+		"-global", "virtio-mmio.force-legacy=false",
+		"-m", fmt.Sprintf("%dM", m.MemoryBytes>>20),
+		"-smp", strconv.Itoa(m.CPUs),
+	}
+	if info.Accel == banger.AccelKVM {
+		args = append(args, "-accel", "kvm", "-cpu", "host")
+	} else {
+		args = append(args, "-accel", "tcg,thread=multi", "-cpu", "max")
+	}
+	if info.Sandbox {
+		args = append(args, "-sandbox", sandboxArg)
+	}
+	kernel, err := in.open("kernel", m.Boot.Kernel, true)
+	if err != nil {
+		return nil, err
+	}
+	args = append(args, "-kernel", fmt.Sprintf("/proc/self/fd/%d", kernel), "-append", commandLine(m, tscKHz))
+	if m.Boot.Initrd != "" {
+		initrd, err := in.open("initrd", m.Boot.Initrd, true)
+		if err != nil {
+			return nil, err
+		}
+		args = append(args, "-initrd", fmt.Sprintf("/proc/self/fd/%d", initrd))
+	}
+	args = append(args, "-device", "virtio-rng-device")
+	for i, drive := range m.Drives {
+		fd, err := in.open("drive", drive.Path, drive.ReadOnly)
+		if err != nil {
+			return nil, err
+		}
+		node := fmt.Sprintf("drive%d", i)
+		args = append(args,
+			"-add-fd", fmt.Sprintf("fd=%d,set=%d", fd, fd),
+			"-blockdev", blockdev(node, fd, drive.ReadOnly),
+			"-device", "virtio-blk-device,drive="+node)
+	}
+	return args, nil
+}
+
+// blockdev describes a raw file in JSON. The page cache is used and flushes
+// reach the file; what the guest trims becomes holes; a full disk stops the
+// guest until there is space (see stoppedByItself), as virtio-blk's default
+// is. Locks are those of open file descriptions, so they hold however the
+// descriptor came to QEMU.
+func blockdev(node string, set int, readOnly bool) string {
+	discard := "unmap"
+	if readOnly {
+		discard = "ignore"
+	}
+	type cache struct {
+		Direct  bool `json:"direct"`
+		NoFlush bool `json:"no-flush"`
+	}
+	type file struct {
+		Driver   string `json:"driver"`
+		Filename string `json:"filename"`
+		Locking  string `json:"locking"`
+		ReadOnly bool   `json:"read-only"`
+		AutoRO   bool   `json:"auto-read-only"`
+		Discard  string `json:"discard"`
+		Cache    cache  `json:"cache"`
+	}
+	type raw struct {
+		Driver   string `json:"driver"`
+		NodeName string `json:"node-name"`
+		ReadOnly bool   `json:"read-only"`
+		AutoRO   bool   `json:"auto-read-only"`
+		Discard  string `json:"discard"`
+		Cache    cache  `json:"cache"`
+		File     file   `json:"file"`
+	}
+	text, err := json.Marshal(raw{
+		Driver: "raw", NodeName: node, ReadOnly: readOnly, Discard: discard,
+		File: file{Driver: "file", Filename: fmt.Sprintf("/dev/fdset/%d", set), Locking: "on", ReadOnly: readOnly, Discard: discard},
+	})
+	if err != nil {
+		panic("qemu: " + err.Error()) // plain data always marshals
+	}
+	return string(text)
+}
+
+// commandLine joins the platform's words and the machine's. A panic and a
+// reboot both reset by triple fault, which QEMU takes as the end.
+func commandLine(m vmm.Machine, tscKHz int) string {
+	words := []string{"console=ttyS0", "reboot=t", "panic=-1", "no_timer_check", "quiet", "loglevel=4"}
+	if tscKHz != 0 {
+		words = append(words, "tsc=reliable", fmt.Sprintf("tsc_early_khz=%d", tscKHz))
+	}
+	return strings.Join(append(words, m.Boot.Args...), " ")
+}
+
+// inherited collects the descriptors that QEMU gets, in the order of their
+// numbers there.
+type inherited struct {
+	files []*os.File
+}
+
+// add returns the number f has in QEMU.
+func (in *inherited) add(f *os.File) int {
+	in.files = append(in.files, f)
+	return firstInheritedFD + len(in.files) - 1
+}
+
+// open opens a regular file. Nothing else is waited for or given to QEMU.
+func (in *inherited) open(what, path string, readOnly bool) (int, error) {
+	if !filepath.IsAbs(path) {
+		return 0, banger.Errorf(banger.CodeInternal, "%s: path %q is not absolute", what, path)
+	}
+	flags := os.O_RDWR
+	if readOnly {
+		flags = os.O_RDONLY
+	}
+	f, err := os.OpenFile(path, flags|syscall.O_NONBLOCK, 0)
+	if err != nil {
+		code := banger.CodeUnavailable
+		if errors.Is(err, os.ErrNotExist) {
+			code = banger.CodeNotFound
+		}
+		return 0, banger.Errorf(code, "%s: %w", what, err)
+	}
+	info, err := f.Stat()
+	if err == nil && !info.Mode().IsRegular() {
+		err = banger.Errorf(banger.CodeInvalid, "%s: %q is not a regular file", what, path)
+	}
+	if err != nil {
+		f.Close()
+		return 0, err
+	}
+	return in.add(f), nil
+}
+
+// socket makes a socket pair: one end for the host, the other for QEMU.
+func (in *inherited) socket() (net.Conn, int, error) {
+	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return nil, 0, fmt.Errorf("socket pair: %w", err)
+	}
+	ours, theirs := os.NewFile(uintptr(fds[0]), "qemu"), os.NewFile(uintptr(fds[1]), "qemu")
+	conn, err := net.FileConn(ours)
+	ours.Close() // FileConn has its own
+	if err != nil {
+		theirs.Close()
+		return nil, 0, fmt.Errorf("socket pair: %w", err)
+	}
+	return conn, in.add(theirs), nil
+}
+
+// close closes the host's copies.
+func (in *inherited) close() {
+	for _, f := range in.files {
+		f.Close()
+	}
+}
