@@ -1,0 +1,154 @@
+package image
+
+import (
+	"context"
+	"crypto/sha256"
+	"errors"
+	"fmt"
+	"os"
+	"strings"
+	"time"
+
+	"banger"
+	"banger/ext4"
+	"banger/internal/oci"
+)
+
+// File type bits of a mode, as in stat(2).
+const (
+	modeRegular = 0o100000
+	modeSymlink = 0o120000
+)
+
+// label is the volume name of every base.
+const label = "banger-base"
+
+// builder is part of every image's identity: a base made by other rules is
+// another base.
+const builder = "banger base image, version 1"
+
+// The size of a base: its content and a quarter, so that a file system that is
+// mounted read-only here can also be used, and grown, elsewhere.
+const (
+	minBaseBytes  = 1 << 30
+	baseStepBytes = 64 << 20
+)
+
+// epoch stands in for the time of what an image says nothing about, so that
+// the same input always gives the same bytes.
+var epoch = time.Unix(0, 0).UTC()
+
+// BuildOptions says how a base is made.
+type BuildOptions struct {
+	SizeBytes int64    // of the file system; 0 takes it from the content
+	Agent     *os.File // the guest binary; nil leaves the guest files out
+}
+
+// Built is what became of a build.
+type Built struct {
+	Image     *oci.Image
+	Identity  [32]byte // of everything that decides the base's bytes, the guest files excepted
+	UUID      [16]byte
+	SizeBytes int64
+	Entries   int
+	Notes     []string // what the image asked for and did not get, one line each; untrusted
+	FetchEnd  time.Time
+}
+
+// Build streams an image into out, which must be empty, as one ext4 file
+// system. It neither fsyncs nor closes out; when it fails what is in out is
+// worthless.
+func Build(ctx context.Context, img *oci.Image, out *os.File, opts BuildOptions) (*Built, error) {
+	w, err := ext4.NewWriter(out, ext4.Options{})
+	if err != nil {
+		return nil, err
+	}
+	tree, err := oci.Squash(ctx, img, w)
+	if err != nil {
+		return nil, err
+	}
+	b := &Built{Image: img, FetchEnd: time.Now(), Notes: tree.Notes}
+	b.Identity = identity(img, tree.InputDigest)
+	if opts.Agent != nil {
+		if err := putGuestFiles(tree, w, opts.Agent); err != nil {
+			return nil, err
+		}
+	}
+	if err := addTree(ctx, w, tree, b); err != nil {
+		return nil, err
+	}
+	// Two different halves of one hash: the UUID is shown to users, the seed
+	// is not.
+	copy(b.UUID[:], b.Identity[:16])
+	b.UUID[6] = b.UUID[6]&0x0f | 0x80 // version 8, RFC 9562 section 5.8
+	b.UUID[8] = b.UUID[8]&0x3f | 0x80
+	var seed [16]byte
+	copy(seed[:], b.Identity[16:])
+
+	params := ext4.Params{
+		SizeBytes: opts.SizeBytes,
+		UUID:      b.UUID,
+		HashSeed:  seed,
+		Label:     label,
+		Time:      epoch,
+	}
+	if params.SizeBytes == 0 {
+		least, err := w.MinSizeBytes(params)
+		if err != nil {
+			return nil, err
+		}
+		params.SizeBytes = max(minBaseBytes, (least+least/4+baseStepBytes-1)/baseStepBytes*baseStepBytes)
+	}
+	b.SizeBytes = params.SizeBytes
+	if err := w.Finish(params); err != nil {
+		var space *ext4.SpaceError
+		if errors.As(err, &space) {
+			return nil, banger.Errorf(banger.CodeUsage, "size: %w", err).
+				WithHint("leave the size out to have it chosen by content, or ask for at least %d MiB", (space.NeedBytes+1<<20-1)>>20)
+		}
+		return nil, err
+	}
+	return b, nil
+}
+
+// addTree gives the merged tree to the writer. Nodes and inodes are in step:
+// a node found under two paths is one inode with two links.
+func addTree(ctx context.Context, w *ext4.Writer, tree *oci.Tree[*ext4.Content], b *Built) error {
+	linked := make(map[*oci.Node[*ext4.Content]]*ext4.Inode)
+	return tree.Walk(func(path string, n *oci.Node[*ext4.Content]) error {
+		if err := ctx.Err(); err != nil {
+			return context.Cause(ctx)
+		}
+		inode := linked[n]
+		if inode == nil {
+			// What the layer does not say of times follows from what it does.
+			mtime := n.Mtime.Time()
+			atime, ctime := mtime, mtime
+			if n.Atime != nil {
+				atime = n.Atime.Time()
+			}
+			if n.Ctime != nil {
+				ctime = n.Ctime.Time()
+			}
+			inode = &ext4.Inode{
+				Mode: n.Mode, UID: n.UID, GID: n.GID,
+				Atime: atime, Mtime: mtime, Ctime: ctime, Crtime: mtime,
+				Target: n.Target, Major: n.Major, Minor: n.Minor,
+				Xattrs: n.Xattrs, Content: n.Content,
+			}
+			linked[n] = inode
+		}
+		b.Entries++
+		return w.Add(strings.TrimPrefix(path, "/"), inode)
+	})
+}
+
+// identity hashes what decides the bytes of a base: the rules it is made by,
+// and the manifest or, where there is none, the input itself.
+func identity(img *oci.Image, inputDigest string) [32]byte {
+	source := img.Digest
+	if source == "" {
+		source = "input " + inputDigest
+	}
+	return sha256.Sum256(fmt.Appendf(nil, "%s\n%s\n%s\n", builder, img.Platform, source))
+}

@@ -1,0 +1,413 @@
+// Package image is the store of base images: what a base is made of, how it is
+// named and found, and when it may go. The rules of registries and layers are
+// oci's, those of the file system ext4's.
+package image
+
+import (
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"maps"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"syscall"
+	"time"
+
+	"banger"
+	"banger/internal/oci"
+	"banger/internal/store"
+)
+
+// Schemas of the records of this package.
+const (
+	imageSchema = 1
+	namesSchema = 1
+)
+
+// record is what stands in images/<id>/image.json. Paths are not in it, so
+// that the state folder can be moved.
+type record struct {
+	ID         string             `json:"id"`
+	Reference  string             `json:"reference"`
+	Digest     string             `json:"digest,omitempty"`
+	BaseDigest string             `json:"base_digest"`
+	UUID       string             `json:"uuid"` // of the file system, 32 hex digits
+	Platform   string             `json:"platform"`
+	Created    time.Time          `json:"created"`
+	Config     banger.ImageConfig `json:"config"`
+	Blobs      []string           `json:"blobs,omitempty"` // digests it was made from
+	Notes      []string           `json:"notes,omitempty"`
+}
+
+// names is what stands in images/names.json.
+type names struct {
+	Names map[string]string `json:"names"` // full name to image id
+}
+
+// Images is the room of base images in a store.
+type Images struct{ s *store.Store }
+
+// Open returns the images of a store.
+func Open(s *store.Store) *Images { return &Images{s} }
+
+// An Image is one base image in the store.
+type Image struct {
+	banger.Image
+	UUID  [16]byte // of its file system
+	Notes []string // see Built.Notes
+}
+
+// List returns all images, by name.
+func (im *Images) List() ([]*Image, error) {
+	n, err := im.readNames()
+	if err != nil {
+		return nil, err
+	}
+	var list []*Image
+	for _, name := range slices.Sorted(maps.Keys(n.Names)) {
+		image, err := im.load(n.Names[name], name)
+		if err != nil {
+			return nil, err
+		}
+		list = append(list, image)
+	}
+	return list, nil
+}
+
+// Find returns the image of a full name, or of an id or its unique beginning
+// of at least four digits. No image is CodeNotFound.
+func (im *Images) Find(name string) (*Image, error) {
+	n, err := im.readNames()
+	if err != nil {
+		return nil, err
+	}
+	if id, ok := n.Names[name]; ok {
+		return im.load(id, name)
+	}
+	found := ""
+	if len(name) >= 4 && strings.Trim(name, "0123456789abcdef") == "" {
+		for _, full := range slices.Sorted(maps.Keys(n.Names)) {
+			id := n.Names[full]
+			if !strings.HasPrefix(id, name) {
+				continue
+			}
+			if found != "" && n.Names[found] != id {
+				return nil, banger.Errorf(banger.CodeUsage, "image %q: more than one id begins so", name)
+			}
+			found = full
+		}
+	}
+	if found == "" {
+		return nil, banger.Errorf(banger.CodeNotFound, "image %q: not in the store", name).
+			WithHint("`banger image ls` shows what is; `banger image pull` gets one")
+	}
+	return im.load(n.Names[found], found)
+}
+
+func (im *Images) load(id, name string) (*Image, error) {
+	var r record
+	dir := im.s.Image(id)
+	if err := store.ReadJSON(filepath.Join(dir, store.ImageRecord), imageSchema, &r); err != nil {
+		return nil, fmt.Errorf("image %q: %w", name, err)
+	}
+	image := &Image{Image: banger.Image{
+		ID: r.ID, Name: name, Reference: r.Reference, BaseDigest: r.BaseDigest,
+		Rootfs: filepath.Join(dir, store.ImageRootfs), Platform: r.Platform,
+		Created: r.Created, Config: r.Config,
+	}, Notes: r.Notes}
+	if r.Digest != "" {
+		image.Digest = &r.Digest
+	}
+	if n, err := hex.Decode(image.UUID[:], []byte(r.UUID)); err != nil || n != len(image.UUID) {
+		return nil, fmt.Errorf("image %q: record: %q is no UUID", name, r.UUID)
+	}
+	var st syscall.Stat_t
+	if err := syscall.Stat(image.Rootfs, &st); err != nil {
+		return nil, fmt.Errorf("image %q: base image %s: %w", name, image.Rootfs, err)
+	}
+	image.SizeBytes, image.AllocatedBytes = st.Size, st.Blocks*512
+	return image, nil
+}
+
+// readNames reads the names. Where there never was one there is none; a file
+// that cannot be read is an error.
+func (im *Images) readNames() (names, error) {
+	n := names{Names: map[string]string{}}
+	err := store.ReadJSON(im.s.ImageNames(), namesSchema, &n)
+	if errors.Is(err, fs.ErrNotExist) {
+		// Bases without names would mean that the names were lost.
+		entries, err := os.ReadDir(im.s.Images())
+		if err != nil {
+			return n, err
+		}
+		if len(entries) > 0 {
+			return n, banger.Errorf(banger.CodeInternal, "images: %s is missing and there are %d images in %s",
+				im.s.ImageNames(), len(entries), im.s.Images()).WithHint("put the file back, or move the folders away and pull again")
+		}
+		return n, nil
+	}
+	if err == nil && n.Names == nil {
+		err = fmt.Errorf("record %s: it has no names", im.s.ImageNames())
+	}
+	return n, err
+}
+
+// PullOptions says how an image comes into the store.
+type PullOptions struct {
+	Name  string // under which it is kept; empty is the reference's own
+	Agent *os.File
+	// OnStep is told of the parts of a pull as they end.
+	OnStep func(name string, start, end time.Time)
+}
+
+// Pull makes the base image of a reference and gives it its name. Where the
+// base is there already only the name moves. Of two pulls at once the second
+// waits and finds the work done.
+func (im *Images) Pull(ctx context.Context, src *oci.Source, ref oci.Reference, opts PullOptions) (*Image, error) {
+	name := opts.Name
+	if name == "" {
+		name = src.Name(ref)
+	}
+	if name == "" {
+		return nil, banger.Errorf(banger.CodeUsage, "image %q: it has no name of its own", ref).
+			WithHint("give it one with --name")
+	}
+	step := func(what string, start time.Time) time.Time {
+		end := time.Now()
+		if opts.OnStep != nil {
+			opts.OnStep(what, start, end)
+		}
+		return end
+	}
+	unlock, err := im.s.Lock(ctx, "build")
+	if err != nil {
+		return nil, err
+	}
+	defer unlock()
+
+	t := time.Now()
+	img, err := src.Resolve(ctx, ref)
+	if err != nil {
+		return nil, err
+	}
+	t = step("resolve", t)
+	if img.Digest != "" {
+		id := idOf(identity(img, ""))
+		if _, err := os.Stat(im.s.Image(id)); err == nil {
+			return im.name(ctx, name, id)
+		}
+	}
+	tmp, err := im.s.TempDir("image")
+	if err != nil {
+		return nil, err
+	}
+	defer tmp.Remove()
+	f, err := os.OpenFile(filepath.Join(tmp.Path, store.ImageRootfs), os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o600)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	built, err := Build(ctx, img, f, BuildOptions{Agent: opts.Agent})
+	if err != nil {
+		return nil, err
+	}
+	if opts.OnStep != nil {
+		opts.OnStep("fetch", t, built.FetchEnd)
+	}
+	t = built.FetchEnd
+	id := idOf(built.Identity)
+	if _, err := os.Stat(im.s.Image(id)); err == nil {
+		return im.name(ctx, name, id)
+	}
+	digest, err := digestOf(ctx, f)
+	if err != nil {
+		return nil, err
+	}
+	r := record{
+		ID: id, Reference: ref.String(), Digest: img.Digest, BaseDigest: digest,
+		UUID: hex.EncodeToString(built.UUID[:]), Platform: img.Platform,
+		Created: time.Now().UTC().Truncate(time.Second), Config: img.Config,
+		Blobs: blobsOf(img), Notes: built.Notes,
+	}
+	// The base never changes from here on.
+	if err := f.Chmod(0o400); err != nil {
+		return nil, err
+	}
+	if err := store.WriteJSON(filepath.Join(tmp.Path, store.ImageRecord), imageSchema, r); err != nil {
+		return nil, err
+	}
+	// The names file comes first where there is none: a base without any
+	// names file reads as names that were lost.
+	if err := im.ensureNames(ctx); err != nil {
+		return nil, err
+	}
+	if err := tmp.Commit(im.s.Image(id)); err != nil {
+		return nil, err
+	}
+	image, err := im.name(ctx, name, id)
+	step("build", t)
+	return image, err
+}
+
+// blobsOf lists the digests of an image's layers.
+func blobsOf(img *oci.Image) (digests []string) {
+	for _, l := range img.Layers {
+		digests = append(digests, l.Digest)
+	}
+	return digests
+}
+
+// idOf is the folder's name of an identity.
+func idOf(identity [32]byte) string { return hex.EncodeToString(identity[:6]) }
+
+// name points a name at an image.
+func (im *Images) name(ctx context.Context, name, id string) (*Image, error) {
+	err := im.changeNames(ctx, func(n names) error { n.Names[name] = id; return nil })
+	if err != nil {
+		return nil, err
+	}
+	return im.load(id, name)
+}
+
+func (im *Images) ensureNames(ctx context.Context) error {
+	return im.changeNames(ctx, func(names) error { return nil })
+}
+
+// changeNames rewrites the names under their lock, unless change refuses.
+func (im *Images) changeNames(ctx context.Context, change func(names) error) error {
+	unlock, err := im.s.Lock(ctx, "names")
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	n, err := im.readNames()
+	if err != nil {
+		return err
+	}
+	if err := change(n); err != nil {
+		return err
+	}
+	return store.WriteJSON(im.s.ImageNames(), namesSchema, n)
+}
+
+// Hold keeps an image from being removed until release is called or the
+// process ends.
+func (im *Images) Hold(image *Image) (release func(), err error) {
+	f, err := os.Open(im.s.Image(image.ID))
+	if err != nil {
+		return nil, err
+	}
+	if err := syscall.Flock(int(f.Fd()), syscall.LOCK_SH|syscall.LOCK_NB); err != nil {
+		f.Close()
+		return nil, banger.Errorf(banger.CodeConflict, "image %q: it is being removed", image.Name)
+	}
+	return func() { f.Close() }, nil
+}
+
+// Remove takes the name away and, when it was the last one, the base and the
+// blobs that nothing else needs. An image that a VM holds is CodeConflict.
+func (im *Images) Remove(ctx context.Context, name string) error {
+	image, err := im.Find(name)
+	if err != nil {
+		return err
+	}
+	last := false
+	var held *os.File
+	err = im.changeNames(ctx, func(n names) error {
+		delete(n.Names, image.Name)
+		last = !slices.Contains(slices.Collect(maps.Values(n.Names)), image.ID)
+		if !last {
+			return nil
+		}
+		if held, err = os.Open(im.s.Image(image.ID)); err != nil {
+			return err
+		}
+		if err := syscall.Flock(int(held.Fd()), syscall.LOCK_EX|syscall.LOCK_NB); err != nil {
+			return banger.Errorf(banger.CodeConflict, "image %q: a VM is using it", image.Name).
+				WithHint("stop that VM first")
+		}
+		return nil
+	})
+	if held != nil {
+		defer held.Close()
+	}
+	if err != nil || !last {
+		return err
+	}
+	// The name went first: a base without a name is harmless, and the next
+	// pull of the same image takes it up again.
+	if err := im.s.Remove(im.s.Image(image.ID)); err != nil {
+		return err
+	}
+	return im.collectBlobs(ctx)
+}
+
+// collectBlobs removes the blobs that no image was made from. It waits for a
+// pull that is under way, whose blobs are not yet anyone's.
+func (im *Images) collectBlobs(ctx context.Context) error {
+	unlock, err := im.s.Lock(ctx, "build")
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	entries, err := os.ReadDir(im.s.Images())
+	if err != nil {
+		return err
+	}
+	needed := map[string]bool{}
+	for _, e := range entries {
+		if !e.IsDir() {
+			continue
+		}
+		var r record
+		if err := store.ReadJSON(filepath.Join(im.s.Image(e.Name()), store.ImageRecord), imageSchema, &r); err != nil {
+			return err // what cannot be read may need anything
+		}
+		for _, d := range r.Blobs {
+			needed[d] = true
+		}
+	}
+	blobs := im.s.Blobs()
+	digests, err := blobs.Digests()
+	if err != nil {
+		return err
+	}
+	for _, d := range digests {
+		if needed[d] {
+			continue
+		}
+		if err := blobs.Remove(d); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return err
+		}
+	}
+	return nil
+}
+
+// digestOf hashes the whole file, holes as the zeros they are, so that
+// sha256sum gives the same.
+func digestOf(ctx context.Context, f *os.File) (string, error) {
+	if _, err := f.Seek(0, io.SeekStart); err != nil {
+		return "", err
+	}
+	h := sha256.New()
+	buf := make([]byte, 1<<20)
+	for {
+		if ctx.Err() != nil {
+			return "", context.Cause(ctx)
+		}
+		n, err := f.Read(buf)
+		h.Write(buf[:n])
+		if err == io.EOF {
+			return "sha256:" + hex.EncodeToString(h.Sum(nil)), nil
+		}
+		if err != nil {
+			return "", err
+		}
+	}
+}
