@@ -1,0 +1,212 @@
+package cli
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"strings"
+	"sync"
+	"text/tabwriter"
+	"time"
+	"unicode"
+
+	"golang.org/x/term"
+
+	"banger"
+	"banger/internal/api"
+)
+
+// escape makes text from an image, a guest or a registry safe for a terminal:
+// control characters, and the ones that turn the direction of text, are shown
+// as Go would write them. Line ends are the caller's business.
+func escape(s string) string {
+	plain := true
+	for _, r := range s {
+		if !unicode.IsPrint(r) || r == unicode.ReplacementChar {
+			plain = false
+			break
+		}
+	}
+	if plain {
+		return s
+	}
+	var b strings.Builder
+	for i, r := range s {
+		switch {
+		case r == unicode.ReplacementChar && s[i] != 0xef: // a byte that is no UTF-8
+			fmt.Fprintf(&b, `\x%02x`, s[i])
+		case unicode.IsPrint(r):
+			b.WriteRune(r)
+		default:
+			q := fmt.Sprintf("%+q", r)
+			b.WriteString(q[1 : len(q)-1])
+		}
+	}
+	return b.String()
+}
+
+// printError prints one line, the lines that go with it, and the next step.
+func printError(w io.Writer, err error) {
+	fmt.Fprintf(w, "banger: %s\n", escape(err.Error()))
+	var e *banger.Error
+	if !errors.As(err, &e) {
+		return
+	}
+	if e.Detail != "" {
+		for line := range strings.SplitSeq(e.Detail, "\n") {
+			fmt.Fprintf(w, "  | %s\n", escape(line))
+		}
+	}
+	if e.Hint != "" {
+		fmt.Fprintf(w, "hint: %s\n", escape(e.Hint))
+	}
+}
+
+// printJSON prints one document.
+func printJSON(v any) error {
+	enc := json.NewEncoder(os.Stdout)
+	enc.SetEscapeHTML(false)
+	enc.SetIndent("", "  ")
+	return enc.Encode(v)
+}
+
+// table prints rows in columns; the first row is the head. Cells are escaped.
+func table(rows [][]string) error {
+	tw := tabwriter.NewWriter(os.Stdout, 0, 8, 2, ' ', 0)
+	for _, row := range rows {
+		for i, cell := range row {
+			if i > 0 {
+				fmt.Fprint(tw, "\t")
+			}
+			fmt.Fprint(tw, escape(cell))
+		}
+		fmt.Fprintln(tw)
+	}
+	return tw.Flush()
+}
+
+// size writes bytes as people read them, in powers of 1024.
+func size(n int64) string {
+	units := []string{"B", "KiB", "MiB", "GiB", "TiB"}
+	f, u := float64(n), 0
+	for f >= 1024 && u < len(units)-1 {
+		f /= 1024
+		u++
+	}
+	if u == 0 || f >= 100 {
+		return fmt.Sprintf("%.0f %s", f, units[u])
+	}
+	return fmt.Sprintf("%.1f %s", f, units[u])
+}
+
+// progress shows how far a call is: on a terminal one line that changes, else
+// one plain line for each new step or subject.
+type progress struct {
+	w    io.Writer
+	tty  bool
+	cols int
+
+	mu      sync.Mutex
+	step    string // what the last line was about
+	since   time.Time
+	painted bool // the terminal's last line is ours
+	stages  []api.Stage
+}
+
+func newProgress(f *os.File) *progress {
+	p := &progress{w: f, cols: 80}
+	if term.IsTerminal(int(f.Fd())) && os.Getenv("TERM") != "dumb" {
+		p.tty = true
+		if w, _, err := term.GetSize(int(f.Fd())); err == nil && w > 20 {
+			p.cols = w
+		}
+	}
+	return p
+}
+
+func (p *progress) event(e api.Event) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	switch {
+	case e.Progress != nil:
+		p.progress(*e.Progress)
+	case e.Stage != nil:
+		p.stages = append(p.stages, *e.Stage)
+	case e.Notice != "":
+		p.clear()
+		fmt.Fprintf(p.w, "banger: %s\n", escape(e.Notice))
+	}
+}
+
+func (p *progress) progress(g api.Progress) {
+	key := g.Step + " " + g.Subject
+	now := time.Now()
+	if p.step != key {
+		p.step, p.since = key, now
+		if !p.tty {
+			line := escape(key)
+			if g.TotalBytes > 0 {
+				line += " (" + size(g.TotalBytes) + ")"
+			}
+			fmt.Fprintln(p.w, line)
+		}
+	}
+	if !p.tty {
+		return
+	}
+	line := escape(key)
+	if g.DoneBytes > 0 {
+		line += "  " + size(g.DoneBytes)
+		if g.TotalBytes > 0 {
+			line += " of " + size(g.TotalBytes)
+		}
+		if d := now.Sub(p.since); d > 200*time.Millisecond {
+			line += fmt.Sprintf("  %s/s", size(int64(float64(g.DoneBytes)/d.Seconds())))
+		}
+	}
+	if r := []rune(line); len(r) >= p.cols {
+		line = string(r[:p.cols-1])
+	}
+	fmt.Fprintf(p.w, "\r\x1b[K%s", line)
+	p.painted = true
+}
+
+func (p *progress) clear() {
+	if p.painted {
+		fmt.Fprint(p.w, "\r\x1b[K")
+		p.painted = false
+	}
+}
+
+// end takes the changing line away.
+func (p *progress) end() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.clear()
+}
+
+// waterfall prints where the time went.
+func (p *progress) waterfall(asJSON bool) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if asJSON {
+		enc := json.NewEncoder(p.w)
+		for _, s := range p.stages {
+			enc.Encode(s)
+		}
+		return
+	}
+	const width = 40
+	var total int64 = 1
+	for _, s := range p.stages {
+		total = max(total, s.EndUs)
+	}
+	for _, s := range p.stages {
+		from := int(s.StartUs * width / total)
+		to := max(from+1, int((s.EndUs*width+total-1)/total))
+		bar := strings.Repeat(" ", from) + strings.Repeat("#", to-from)
+		fmt.Fprintf(p.w, "%-12s %9.1f ms  |%-*s|\n", s.Name, float64(s.EndUs-s.StartUs)/1000, width, bar)
+	}
+}

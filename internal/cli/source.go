@@ -1,0 +1,75 @@
+package cli
+
+import (
+	"errors"
+	"io/fs"
+	"os"
+	"strings"
+
+	"github.com/spf13/cobra"
+
+	"banger"
+	"banger/internal/api"
+)
+
+// sourceFlags are the flags of every command that gets an image.
+type sourceFlags struct {
+	packages string
+}
+
+func (s *sourceFlags) add(cmd *cobra.Command) {
+	cmd.Flags().StringVar(&s.packages, "packages", "", "for apt: images, a `FILE` of more packages, one name a line")
+}
+
+// open makes the Source of a reference and opens what it and the flags name.
+func (s *sourceFlags) open(reference string) (src api.Source, files []*os.File, err error) {
+	src = api.Source{Reference: reference, File: -1, Packages: -1}
+	if path, ok := localPath(reference); ok {
+		f, err := openNamed(path)
+		if err != nil {
+			return src, nil, err
+		}
+		src.File = len(files)
+		files = append(files, f)
+	}
+	if s.packages != "" {
+		f, err := openNamed(s.packages)
+		if err != nil {
+			return src, nil, err
+		}
+		src.Packages = len(files)
+		src.PackagesName = s.packages
+		files = append(files, f)
+	}
+	return src, files, nil
+}
+
+// localPath is the path in a reference that names something of the user's:
+// oci:DIR[:TAG] and rootfs:PATH.
+func localPath(reference string) (string, bool) {
+	if path, ok := strings.CutPrefix(reference, "rootfs:"); ok {
+		return path, true
+	}
+	path, ok := strings.CutPrefix(reference, "oci:")
+	if !ok {
+		return "", false
+	}
+	// A tag has no slash, so what follows the last colon is one only if the
+	// whole is not itself a folder.
+	if i := strings.LastIndexByte(path, ':'); i > 0 && !strings.Contains(path[i:], "/") {
+		if _, err := os.Stat(path); errors.Is(err, fs.ErrNotExist) {
+			path = path[:i]
+		}
+	}
+	return path, true
+}
+
+// openNamed opens what the user named on the command line.
+func openNamed(path string) (*os.File, error) {
+	f, err := os.Open(path)
+	var pathErr *fs.PathError
+	if errors.As(err, &pathErr) {
+		return nil, banger.Errorf(banger.CodeNotFound, "%s: %w", path, pathErr.Err).WithHint("check the path")
+	}
+	return f, err
+}

@@ -1,0 +1,194 @@
+package daemon
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"syscall"
+	"time"
+
+	"banger"
+	"banger/internal/api"
+	"banger/internal/image"
+	"banger/internal/oci"
+	"banger/internal/store"
+)
+
+// blobs gives oci the blob store as the interface it knows.
+type blobs struct{ *store.Blobs }
+
+func (b blobs) Create(digest string) (oci.BlobWriter, error) { return b.Blobs.Create(digest) }
+
+// source makes what oci needs to get an image: the parsed reference, the
+// files that the client opened, and where progress goes.
+func (d *daemon) source(c *api.Call, p api.Source) (*oci.Source, oci.Reference, error) {
+	ref, err := oci.ParseReference(p.Reference)
+	if err != nil {
+		return nil, ref, err
+	}
+	src := &oci.Source{
+		UserAgent: "banger/" + Version,
+		Progress: func(g oci.Progress) {
+			c.Emit(api.Event{Progress: &api.Progress{Step: g.Stage, Subject: g.Subject, DoneBytes: g.DoneBytes, TotalBytes: g.TotalBytes}})
+		},
+	}
+	if src.Input, err = c.File(p.File); err != nil {
+		return nil, ref, err
+	}
+	list, err := c.File(p.Packages)
+	if err != nil {
+		return nil, ref, err
+	}
+	if list != nil {
+		if src.Packages, err = oci.ParsePackages(p.PackagesName, list); err != nil {
+			return nil, ref, err
+		}
+	}
+	return src, ref, nil
+}
+
+func (d *daemon) imageList(ctx context.Context, c *api.Call) (any, error) {
+	r, err := d.open()
+	if err != nil {
+		return nil, err
+	}
+	list, err := r.images.List()
+	if err != nil {
+		return nil, err
+	}
+	out := api.Images{Images: []banger.Image{}}
+	for _, im := range list {
+		out.Images = append(out.Images, im.Image)
+	}
+	return out, nil
+}
+
+// find looks an image up by what the user wrote: a reference, whose full name
+// is taken, or a name or id as it is.
+func (r *rooms) find(text string) (*image.Image, error) {
+	if ref, err := oci.ParseReference(text); err == nil && ref.Name() != "" {
+		if im, err := r.images.Find(ref.Name()); err == nil || banger.CodeOf(err) != banger.CodeNotFound {
+			return im, err
+		}
+	}
+	return r.images.Find(text)
+}
+
+func (d *daemon) imageInspect(ctx context.Context, c *api.Call) (any, error) {
+	var p api.Named
+	if err := c.Params(&p); err != nil {
+		return nil, err
+	}
+	r, err := d.open()
+	if err != nil {
+		return nil, err
+	}
+	im, err := r.find(p.Name)
+	if err != nil {
+		return nil, err
+	}
+	return im.Image, nil
+}
+
+func (d *daemon) imageRemove(ctx context.Context, c *api.Call) (any, error) {
+	var p api.Named
+	if err := c.Params(&p); err != nil {
+		return nil, err
+	}
+	r, err := d.open()
+	if err != nil {
+		return nil, err
+	}
+	im, err := r.find(p.Name)
+	if err != nil {
+		return nil, err
+	}
+	return im.Image, r.images.Remove(ctx, im.Name)
+}
+
+func (d *daemon) imagePull(ctx context.Context, c *api.Call) (any, error) {
+	var p api.Source
+	if err := c.Params(&p); err != nil {
+		return nil, err
+	}
+	r, err := d.open()
+	if err != nil {
+		return nil, err
+	}
+	im, err := d.pull(ctx, c, r, p, nil)
+	if err != nil {
+		return nil, err
+	}
+	return im.Image, nil
+}
+
+// pull gets an image into the store.
+func (d *daemon) pull(ctx context.Context, c *api.Call, r *rooms, p api.Source, onStep func(string, time.Time, time.Time)) (*image.Image, error) {
+	src, ref, err := d.source(c, p)
+	if err != nil {
+		return nil, err
+	}
+	src.Blobs = blobs{r.store.Blobs()}
+	agent, err := openAgent()
+	if err != nil {
+		return nil, err
+	}
+	defer agent.Close()
+	im, err := r.images.Pull(ctx, src, ref, image.PullOptions{Name: p.Name, Agent: agent, OnStep: onStep})
+	if err != nil {
+		return nil, err
+	}
+	for _, note := range im.Notes {
+		c.Emit(api.Event{Notice: fmt.Sprintf("%s: %s", im.Name, note)})
+	}
+	return im, nil
+}
+
+// imageBuild writes a base into the client's file, without the store.
+func (d *daemon) imageBuild(ctx context.Context, c *api.Call) (any, error) {
+	var p api.BuildParams
+	if err := c.Params(&p); err != nil {
+		return nil, err
+	}
+	out, err := c.File(p.Output)
+	if err != nil {
+		return nil, err
+	}
+	if out == nil {
+		return nil, banger.Errorf(banger.CodeUsage, "image build: no file to write")
+	}
+	src, ref, err := d.source(c, p.Source)
+	if err != nil {
+		return nil, err
+	}
+	var agent *os.File
+	if !p.NoGuest {
+		if agent, err = openAgent(); err != nil {
+			return nil, err
+		}
+		defer agent.Close()
+	}
+	img, err := src.Resolve(ctx, ref)
+	if err != nil {
+		return nil, err
+	}
+	built, err := image.Build(ctx, img, out, image.BuildOptions{SizeBytes: p.SizeBytes, Agent: agent})
+	if err != nil {
+		return nil, err
+	}
+	if err := out.Sync(); err != nil {
+		return nil, err
+	}
+	var st syscall.Stat_t
+	if err := syscall.Fstat(int(out.Fd()), &st); err != nil {
+		return nil, err
+	}
+	result := api.Built{
+		Reference: ref.String(), SizeBytes: built.SizeBytes,
+		AllocatedBytes: st.Blocks * 512, Entries: built.Entries, Notes: built.Notes,
+	}
+	if img.Digest != "" {
+		result.Digest = &img.Digest
+	}
+	return result, nil
+}
