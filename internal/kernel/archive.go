@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"net"
 	"net/http"
 	"net/url"
@@ -16,12 +17,12 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"syscall"
 	"time"
 
 	"banger"
 
 	"github.com/ProtonMail/go-crypto/openpgp"
-	"github.com/ulikunitz/xz"
 )
 
 // Suites are the Debian releases whose kernels can be pulled.
@@ -117,11 +118,11 @@ func (a *archive) fetch(ctx context.Context, w io.Writer, address string, size, 
 		default:
 			err = fmt.Errorf("%w: %w", errUnreachable, err)
 		}
-		return fmt.Errorf("mirror %q: %w", address, err)
+		return fmt.Errorf("mirror %s: %w", shown(address), err)
 	}
 	req, err := http.NewRequestWithContext(ctx, http.MethodGet, address, nil)
 	if err != nil {
-		return fmt.Errorf("mirror %q: %w", address, err)
+		return fmt.Errorf("mirror %s: %w", shown(address), err)
 	}
 	req.Header.Set("User-Agent", "banger")
 	resp, err := a.client.Do(req)
@@ -135,13 +136,13 @@ func (a *archive) fetch(ctx context.Context, w io.Writer, address string, size, 
 	defer resp.Body.Close()
 	switch {
 	case resp.StatusCode == http.StatusNotFound:
-		return fmt.Errorf("mirror %q: %w", address, errMissing)
+		return fmt.Errorf("mirror %s: %w", shown(address), errMissing)
 	case resp.StatusCode != http.StatusOK:
-		return fmt.Errorf("mirror %q: %w: status %d", address, errUnreachable, resp.StatusCode)
+		return fmt.Errorf("mirror %s: %w: status %d", shown(address), errUnreachable, resp.StatusCode)
 	case size >= 0 && size > limit:
-		return fmt.Errorf("mirror %q: %d bytes announced, the limit is %d", address, size, limit)
+		return fmt.Errorf("mirror %s: %d bytes announced, the limit is %d", shown(address), size, limit)
 	case size >= 0 && resp.ContentLength >= 0 && resp.ContentLength != size:
-		return fmt.Errorf("mirror %q: %d bytes, the signed index says %d", address, resp.ContentLength, size)
+		return fmt.Errorf("mirror %s: %d bytes, the signed index says %d", shown(address), resp.ContentLength, size)
 	}
 	if size >= 0 {
 		limit = size
@@ -152,7 +153,7 @@ func (a *archive) fetch(ctx context.Context, w io.Writer, address string, size, 
 		n, err := resp.Body.Read(buf)
 		stalled.Reset(a.stall)
 		if done += int64(n); done > limit {
-			return fmt.Errorf("mirror %q: more than %d bytes", address, limit)
+			return fmt.Errorf("mirror %s: more than %d bytes", shown(address), limit)
 		}
 		if _, err := w.Write(buf[:n]); err != nil {
 			return err
@@ -168,7 +169,7 @@ func (a *archive) fetch(ctx context.Context, w io.Writer, address string, size, 
 		}
 	}
 	if size >= 0 && done != size {
-		return fmt.Errorf("mirror %q: ends after %d bytes, the signed index says %d", address, done, size)
+		return fmt.Errorf("mirror %s: ends after %d bytes, the signed index says %d", shown(address), done, size)
 	}
 	return nil
 }
@@ -181,9 +182,18 @@ func (a *archive) fetchHashed(ctx context.Context, w io.Writer, address string, 
 		return err
 	}
 	if [sha256.Size]byte(h.Sum(nil)) != want.sha256 {
-		return fmt.Errorf("mirror %q: SHA-256 differs from the signed index", address)
+		return fmt.Errorf("mirror %s: SHA-256 differs from the signed index", shown(address))
 	}
 	return nil
+}
+
+// shown is an address as a message may show it: quoted, without a password.
+func shown(address string) string {
+	u, err := url.Parse(address)
+	if err != nil {
+		return strconv.Quote("an address that does not parse")
+	}
+	return strconv.Quote(u.Redacted())
 }
 
 // An indexEntry is the size and hash of one file, as a signed index has it.
@@ -233,11 +243,11 @@ func (a *archive) readRelease(ctx context.Context, base, suite string) (*release
 	now := a.now()
 	text, err := verifyClearSigned([]byte(buf.String()), a.keys, now)
 	if err != nil {
-		return nil, fmt.Errorf("%s: %w", address, err)
+		return nil, fmt.Errorf("mirror %s: %w", shown(address), err)
 	}
 	r, err := parseRelease(text, suite, now)
 	if err != nil {
-		return nil, fmt.Errorf("%s: %w", address, err)
+		return nil, fmt.Errorf("mirror %s: %w", shown(address), err)
 	}
 	r.base = base
 	return r, nil
@@ -373,10 +383,11 @@ func (a *archive) readPackages(ctx context.Context, r *release, scratch *os.File
 	if _, err := scratch.Seek(0, io.SeekStart); err != nil {
 		return nil, err
 	}
-	xr, err := xz.NewReader(bufio.NewReaderSize(scratch, 64<<10))
+	xr, err := decompressor(scratch, ".xz")
 	if err != nil {
 		return nil, fmt.Errorf("%s of %q: %w", name, r.suite, err)
 	}
+	defer xr.Close()
 	pkgs, err := parsePackages(xr, "linux-image-")
 	if err != nil {
 		return nil, fmt.Errorf("%s of %q: %w", name, r.suite, err)
@@ -500,10 +511,9 @@ func (a *archive) findKernel(ctx context.Context, suite string, scratch *os.File
 	return chooseKernel(all)
 }
 
-var (
-	dependsOnImage = regexp.MustCompile(`^(linux-image-([0-9][A-Za-z0-9.+~-]*-cloud-amd64))(?: \(= ([^()\s]+)\))?$`)
-	unsignedSuffix = "-unsigned"
-)
+const unsignedSuffix = "-unsigned"
+
+var dependsOnImage = regexp.MustCompile(`^(linux-image-([0-9][A-Za-z0-9.+~-]*-cloud-amd64))(?: \(= ([^()\s]+)\))?$`)
 
 // chooseKernel follows the newest meta package to the image it depends on.
 func chooseKernel(pkgs []debPackage) (debPackage, string, error) {
@@ -511,7 +521,7 @@ func chooseKernel(pkgs []debPackage) (debPackage, string, error) {
 	if meta == nil {
 		return debPackage{}, "", fmt.Errorf("package %s: not in the archive", metaPackage)
 	}
-	for dep := range strings.SplitSeq(meta.depends, ",") {
+	for _, dep := range strings.FieldsFunc(meta.depends, func(r rune) bool { return r == ',' || r == '|' }) {
 		m := dependsOnImage.FindStringSubmatch(strings.TrimSpace(dep))
 		if m == nil {
 			continue
@@ -545,22 +555,31 @@ func newestPackage(pkgs []debPackage, name, version string) *debPackage {
 	return best
 }
 
-// userError gives errors of the archive their code and the next step.
-func userError(err error) error {
+// userError gives an error of pull or import its code and, where there is one,
+// the next step. What the mirror or the user's files did wrong is invalid;
+// errors of this computer stay as they are.
+func userError(verb string, err error) error {
 	var be *banger.Error
+	var pe *fs.PathError
 	switch {
 	case err == nil, errors.As(err, &be):
 		return err
-	case errors.Is(err, context.Canceled):
-		return banger.Errorf(banger.CodeCanceled, "kernel pull: %w", err)
-	case errors.Is(err, context.DeadlineExceeded):
-		return banger.Errorf(banger.CodeTimeout, "kernel pull: %w", err)
+	// First: a network time-out also says that it is a deadline.
 	case errors.Is(err, errUnreachable), errors.Is(err, errMissing):
-		return banger.Errorf(banger.CodeUnavailable, "kernel pull: %w", err).
+		return banger.Errorf(banger.CodeUnavailable, "kernel %s: %w", verb, err).
 			WithHint("without a Debian mirror, bring a kernel: banger kernel import VMLINUZ --modules DIR")
+	case errors.Is(err, context.Canceled):
+		return banger.Errorf(banger.CodeCanceled, "kernel %s: %w", verb, err)
+	case errors.Is(err, context.DeadlineExceeded):
+		return banger.Errorf(banger.CodeTimeout, "kernel %s: %w", verb, err)
+	case errors.Is(err, syscall.ENOSPC), errors.Is(err, syscall.EDQUOT):
+		return banger.Errorf(banger.CodeNoSpace, "kernel %s: %w", verb, err).
+			WithHint("a kernel needs up to 300 MB in the state folder while it is unpacked, and 160 MB after")
 	case errors.Is(err, errStale), errors.Is(err, errFuture):
-		return banger.Errorf(banger.CodeInvalid, "kernel pull: %w", err).
+		return banger.Errorf(banger.CodeInvalid, "kernel %s: %w", verb, err).
 			WithHint("check this computer's clock; if it is right, the mirror is out of date")
+	case errors.As(err, &pe):
+		return fmt.Errorf("kernel %s: %w", verb, err)
 	}
-	return banger.Errorf(banger.CodeInvalid, "kernel pull: %w", err)
+	return banger.Errorf(banger.CodeInvalid, "kernel %s: %w", verb, err)
 }

@@ -123,7 +123,8 @@ func decompressor(r io.Reader, ext string) (io.ReadCloser, error) {
 
 // checkXZWindow looks at the first block header of an .xz stream (format
 // 1.1.0, 3.1 and 5.3.1) and refuses a dictionary over maxWindowBytes, which
-// the decoder would allocate at once.
+// the decoder would allocate at once. (A later block that asks for more gets
+// address space; it can touch no more of it than it unpacks to.)
 func checkXZWindow(br *bufio.Reader) error {
 	// Stream header 12 bytes; block header: size, flags, [compressed size],
 	// [uncompressed size], then filters: id, size of properties, properties.

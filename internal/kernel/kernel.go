@@ -117,7 +117,7 @@ func (ks *Kernels) Pull(ctx context.Context, suite string, progress func(Progres
 		progress = func(Progress) {}
 	}
 	k, err := ks.pull(ctx, suite, progress)
-	return k, userError(err)
+	return k, userError("pull", err)
 }
 
 func (ks *Kernels) pull(ctx context.Context, suite string, progress func(Progress)) (*Kernel, error) {
@@ -210,14 +210,7 @@ func (ks *Kernels) pull(ctx context.Context, suite string, progress func(Progres
 // needs to boot: virtio on MMIO, block, console and overlayfs.
 func (ks *Kernels) Import(ctx context.Context, vmlinuz, modules *os.File) (*Kernel, error) {
 	k, err := ks.importKernel(ctx, vmlinuz, modules)
-	var be *banger.Error
-	switch {
-	case err == nil || errors.As(err, &be):
-		return k, err
-	case errors.Is(err, context.Canceled):
-		return nil, banger.Errorf(banger.CodeCanceled, "kernel import: %w", err)
-	}
-	return nil, banger.Errorf(banger.CodeInvalid, "kernel import: %w", err)
+	return k, userError("import", err)
 }
 
 func (ks *Kernels) importKernel(ctx context.Context, vmlinuz, modules *os.File) (*Kernel, error) {
@@ -392,7 +385,8 @@ func (ks *Kernels) load(version string) (*Kernel, error) {
 }
 
 // List returns all kernels, the newest first. Where one cannot be read, it
-// returns the others and an error that names it.
+// returns the others and an error that names it; if that is the default one, no
+// other takes its place.
 func (ks *Kernels) List() ([]*Kernel, error) {
 	entries, err := os.ReadDir(ks.s.Kernels())
 	if err != nil {
@@ -400,6 +394,7 @@ func (ks *Kernels) List() ([]*Kernel, error) {
 	}
 	var list []*Kernel
 	var errs []error
+	broken := make(map[string]bool)
 	for _, e := range entries {
 		if !e.IsDir() {
 			continue
@@ -410,6 +405,7 @@ func (ks *Kernels) List() ([]*Kernel, error) {
 			list = append(list, k)
 		case !errors.Is(err, fs.ErrNotExist): // removed meanwhile
 			errs = append(errs, err)
+			broken[e.Name()] = true
 		}
 	}
 	slices.SortFunc(list, func(a, b *Kernel) int {
@@ -423,8 +419,11 @@ func (ks *Kernels) List() ([]*Kernel, error) {
 		return list, errors.Join(append(errs, err)...)
 	}
 	i := slices.IndexFunc(list, func(k *Kernel) bool { return k.Version == version })
-	if len(list) > 0 {
-		list[max(i, 0)].Default = true // the newest, if none is named
+	switch {
+	case i >= 0:
+		list[i].Default = true
+	case len(list) > 0 && !broken[version]:
+		list[0].Default = true // none is named, or it is gone
 	}
 	return list, errors.Join(errs...)
 }
