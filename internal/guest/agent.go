@@ -1,6 +1,7 @@
 package guest
 
 import (
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -27,7 +28,7 @@ const (
 	maxToldBytes  = 4 << 10
 
 	// upPause is between two looks whether systemd takes questions yet, and
-	// upTimeout bounds one answer: a unit that hangs hangs it too.
+	// upTimeout bounds the wait for its answer: a unit that hangs delays it.
 	upPause   = 250 * time.Millisecond
 	upTimeout = 15 * time.Minute
 )
@@ -172,10 +173,11 @@ func catchSignals() {
 // waitSystemd waits until systemd has brought the guest up and returns the
 // state that it says it is in.
 func waitSystemd() string {
-	deadline := time.Now().Add(upTimeout)
-	for time.Now().Before(deadline) {
+	ctx, cancel := context.WithTimeout(context.Background(), upTimeout)
+	defer cancel()
+	for ctx.Err() == nil {
 		if _, err := os.Stat("/run/systemd/private"); err == nil {
-			out, err := exec.Command("systemctl", "is-system-running", "--wait").Output()
+			out, err := exec.CommandContext(ctx, "systemctl", "is-system-running", "--wait").Output()
 			state := strings.TrimSpace(string(out))
 			switch {
 			case state == "running", state == "degraded", state == "maintenance", state == "stopping":

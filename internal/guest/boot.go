@@ -49,6 +49,7 @@ type boot struct {
 	journal     *journal
 	disks       []disk
 	overlayDisk *os.File // its root directory, outside the guest's root
+	direct      []int    // per directFolders: a mount of its place on the overlay disk
 }
 
 // run brings the guest from the bare initramfs to a finished root, in which it
@@ -91,7 +92,7 @@ func (b *boot) run() (initChoice, error) {
 	if err := mountRuntime(); err != nil {
 		return initChoice{}, err
 	}
-	if err := mountAt(devs[2], "/root", "ext4", unix.MS_NODEV, ""); err != nil {
+	if err := mountAt(devs[2], "/root", "ext4", 0, ""); err != nil {
 		return initChoice{}, fmt.Errorf("work disk: %w", err)
 	}
 	if devs[3] != "" {
@@ -110,6 +111,9 @@ func (b *boot) run() (initChoice, error) {
 		return init, err
 	}
 	if err := b.personalise(init); err != nil {
+		return init, err
+	}
+	if err := b.bindDirect(init); err != nil {
 		return init, err
 	}
 	if init.Kind == kindReaper {
@@ -182,7 +186,7 @@ func mountAt(source, at, kind string, flags uintptr, data string) error {
 	if err := mkdirAll(at); err != nil {
 		return err
 	}
-	if err := unix.Mount(source, at, kind, flags, data); err != nil && !(err == unix.EBUSY && !filepath.IsAbs(source)) {
+	if err := unix.Mount(source, at, kind, flags, data); err != nil && (err != unix.EBUSY || holdsDisk(kind)) {
 		return fmt.Errorf("mount %s: %w", kind, bare(at, err))
 	}
 	return nil
@@ -219,8 +223,48 @@ func (b *boot) joinRoot(base, overlay string) error {
 	if b.overlayDisk, err = os.Open(overlayMount); err != nil {
 		return bare(overlayMount, err)
 	}
+	for i := range directFolders {
+		at := fmt.Sprintf("%s/direct/%d", overlayMount, i)
+		if err := mkdirAll(at); err != nil {
+			return fmt.Errorf("overlay disk: %w", err)
+		}
+		fd, err := unix.OpenTree(unix.AT_FDCWD, at, unix.OPEN_TREE_CLONE|unix.OPEN_TREE_CLOEXEC)
+		if err != nil {
+			return fmt.Errorf("overlay disk: %w", bare(at, err))
+		}
+		b.direct = append(b.direct, fd)
+	}
 	options := "lowerdir=" + baseMount + ",upperdir=" + upper + ",workdir=" + work + "," + overlayOptions
 	return mountAt("overlay", rootMount, "overlay", 0, options)
+}
+
+// directFolders lie on the overlay disk's own ext4 and not in the overlay:
+// container engines put overlays of their own there, and the kernel takes no
+// overlay as the upper of another. Their place on the disk is their index, so
+// the order never changes.
+var directFolders = []string{"/var/lib/docker", "/var/lib/containerd", "/var/lib/containers"}
+
+// bindDirect mounts directFolders where the image has such a folder, or is a
+// system of its own in which an engine may be installed later. A folder that
+// the image has put something in stays as it is.
+func (b *boot) bindDirect(init initChoice) error {
+	for i, at := range directFolders {
+		names, err := os.ReadDir(at)
+		wanted := err == nil || init.Kind != kindReaper
+		if _, err := os.Stat(filepath.Dir(at)); err != nil || !wanted || len(names) > 0 {
+			unix.Close(b.direct[i])
+			continue
+		}
+		if err := mkdirAll(at); err != nil {
+			return err
+		}
+		err = unix.MoveMount(b.direct[i], "", unix.AT_FDCWD, at, unix.MOVE_MOUNT_F_EMPTY_PATH)
+		unix.Close(b.direct[i])
+		if err != nil {
+			return bare(at, err)
+		}
+	}
+	return nil
 }
 
 // enterRoot makes the joined root the root. The two disks below it leave the

@@ -4,7 +4,7 @@
 //   - the first process, PID 1 of the initramfs: it joins the disks into the
 //     image's root, starts the agent, and hands PID 1 over (boot.go);
 //   - the agent, beside the image's init: it serves the host (channel.go,
-//     serve.go, session.go);
+//     serve.go, exec.go, session.go);
 //   - the reaper, PID 1 of an image without an init (reaper.go);
 //   - shutdown, PID 1 at the very end, which gives the disks back clean
 //     (shutdown.go);

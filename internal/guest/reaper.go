@@ -41,9 +41,7 @@ func reap() {
 	signal.Notify(c) // all of them: PID 1 must die of none
 	reapAll()
 	for sig := range c {
-		if sig == unix.SIGCHLD {
-			reapAll()
-		}
+		reapAll() // whatever came: a full channel may have dropped a SIGCHLD
 		if verb, ok := endings[sig]; ok {
 			endGuest(verb)
 		}

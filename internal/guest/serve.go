@@ -131,7 +131,7 @@ func (s *server) hello() *wire.Hello {
 		AgentVersion:  Version,
 		KernelRelease: kernelRelease(),
 		UptimeMs:      uptime().Milliseconds(),
-		Booted:        s.journal.reached(stageInit),
+		Booted:        s.journal.reached(stageNetwork),
 	}
 }
 
@@ -165,14 +165,14 @@ func (s *server) serveExec(conn stream, e *wire.Exec) {
 		return
 	}
 	defer s.sessions.give()
-	x, outs, in, err := s.startSession(conn, e)
+	x, err := s.startSession(conn, e)
 	if err != nil {
 		reply(conn, err, nil)
 		return
 	}
 	// A reply that cannot be written shows in run as a broken stream.
 	reply(conn, nil, nil)
-	x.run(outs, in)
+	x.run()
 }
 
 func (s *server) serveShutdown(conn stream, req *wire.Shutdown) {

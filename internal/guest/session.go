@@ -5,17 +5,13 @@ import (
 	"encoding/binary"
 	"encoding/json"
 	"errors"
-	"fmt"
 	"io/fs"
 	"os"
-	"path/filepath"
-	"runtime"
 	"slices"
 	"strings"
 	"sync"
 	"syscall"
 	"time"
-	"unsafe"
 
 	"golang.org/x/sys/unix"
 
@@ -23,11 +19,6 @@ import (
 )
 
 const (
-	// defaultPath is PATH where the image and the user say nothing; Docker's.
-	defaultPath = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
-	// defaultTerm is TERM with a pty where the host says nothing.
-	defaultTerm = "xterm"
-
 	// drainSilence and drainLimit bound how long a session outlives its
 	// command while something else holds its output open.
 	drainSilence = 250 * time.Millisecond
@@ -40,225 +31,15 @@ const (
 	// without credit has the whole window outstanding, so a step below the
 	// window never leaves it waiting.
 	creditStepBytes = wire.StdinWindowBytes / 4
-	// maxExecWords bounds the number of arguments and variables of a
-	// request; their bytes are bounded by the message.
-	maxExecWords = 64 << 10
 )
-
-// refuse makes the error that goes into a Reply.
-func refuse(code wire.ErrorCode, format string, args ...any) error {
-	return &wire.Error{Code: code, Message: fmt.Sprintf(format, args...)}
-}
-
-// A command is what a wire.Exec comes to in this guest.
-type command struct {
-	path string // of the program, absolute
-	args []string
-	env  []string
-	dir  string
-	who  account
-}
-
-// prepare turns a request into a command, with the guest's own account files
-// and programs. Errors are *wire.Error.
-func prepare(e *wire.Exec) (*command, error) {
-	if len(e.Args)+len(e.Env) > maxExecWords {
-		return nil, refuse(wire.ErrInvalid, "exec: more than %d arguments and variables", maxExecWords)
-	}
-	for _, s := range slices.Concat(e.Args, e.Env, []string{e.Dir, e.User}) {
-		if strings.IndexByte(s, 0) >= 0 {
-			return nil, refuse(wire.ErrInvalid, "exec: %q holds a zero byte", s)
-		}
-	}
-	who, err := lookupAccount("/", e.User)
-	if err != nil {
-		return nil, err
-	}
-	c := &command{args: e.Args, who: who, dir: e.Dir}
-	if c.env, err = environment(e.Env, who, e.TTY != nil); err != nil {
-		return nil, err
-	}
-	if c.dir == "" {
-		c.dir = who.Home
-		if fi, err := os.Stat(c.dir); err != nil || !fi.IsDir() {
-			c.dir = "/"
-		}
-	} else {
-		if !strings.HasPrefix(c.dir, "/") {
-			return nil, refuse(wire.ErrInvalid, "folder %q: not an absolute path", c.dir)
-		}
-		if err := mkdirAll(c.dir); err != nil {
-			return nil, refuse(wire.ErrInvalid, "folder %v", err)
-		}
-	}
-	name := ""
-	if len(c.args) > 0 {
-		name = c.args[0]
-	}
-	asUser(who, func() {
-		if err = enterable(c.dir); err != nil {
-			return
-		}
-		if len(c.args) == 0 {
-			name, err = loginShell(who)
-			c.args = []string{"-" + filepath.Base(name)}
-		}
-		if err == nil {
-			c.path, err = lookProgram(name, getenv(c.env, "PATH"), c.dir)
-		}
-	})
-	if err != nil {
-		return nil, err
-	}
-	return c, nil
-}
-
-// environment joins what the host asked for and what every session has; later
-// values win.
-func environment(asked []string, who account, tty bool) ([]string, error) {
-	var env []string
-	index := map[string]int{}
-	set := func(key, value string) {
-		if i, ok := index[key]; ok {
-			env[i] = key + "=" + value
-			return
-		}
-		index[key] = len(env)
-		env = append(env, key+"="+value)
-	}
-	set("PATH", defaultPath)
-	set("HOME", who.Home)
-	if who.Name != "" {
-		set("USER", who.Name)
-	}
-	if tty {
-		set("TERM", defaultTerm)
-	}
-	for _, kv := range asked {
-		key, value, ok := strings.Cut(kv, "=")
-		if !ok || key == "" {
-			return nil, refuse(wire.ErrInvalid, "environment: %q is not KEY=VALUE", kv)
-		}
-		set(key, value)
-	}
-	return env, nil
-}
-
-func getenv(env []string, key string) string {
-	for _, kv := range env {
-		if v, ok := strings.CutPrefix(kv, key+"="); ok {
-			return v
-		}
-	}
-	return ""
-}
-
-// loginShell is the shell of passwd(5), or the first usual one that is there.
-func loginShell(who account) (string, error) {
-	for _, sh := range []string{who.Shell, "/bin/sh", "/bin/bash"} {
-		if sh == "" {
-			continue
-		}
-		if _, err := lookProgram(sh, "", "/"); err == nil {
-			return sh, nil
-		}
-	}
-	return "", refuse(wire.ErrNotFound, "shell: the image has none (no /bin/sh, no /bin/bash): name a program to run")
-}
-
-// enterable says why dir cannot be the working directory of the calling
-// thread's user.
-func enterable(dir string) error {
-	if fi, err := os.Stat(dir); err != nil {
-		return refuse(wire.ErrInvalid, "folder %v", bare(dir, err))
-	} else if !fi.IsDir() {
-		return refuse(wire.ErrInvalid, "folder %q: not a directory", dir)
-	}
-	if err := unix.Faccessat(unix.AT_FDCWD, dir, unix.X_OK, unix.AT_EACCESS); err != nil {
-		return refuse(wire.ErrInvalid, "folder %v", bare(dir, err))
-	}
-	return nil
-}
-
-// lookProgram finds name as execvp would for the calling thread's user in the
-// working directory dir.
-func lookProgram(name, path, dir string) (string, error) {
-	if name == "" {
-		return "", refuse(wire.ErrNotFound, "exec: the program's name is empty")
-	}
-	candidates := []string{name}
-	if !strings.Contains(name, "/") {
-		candidates = candidates[:0]
-		for d := range strings.SplitSeq(path, ":") {
-			candidates = append(candidates, filepath.Join(cmpOr(d, "."), name))
-		}
-	}
-	var denied error
-	for _, p := range candidates {
-		if !filepath.IsAbs(p) {
-			p = dir + "/" + p // not Join: a/../b must mean what the kernel makes of it
-		}
-		fi, err := os.Stat(p)
-		if err == nil && fi.IsDir() {
-			err = unix.EISDIR
-		} else if err == nil && !fi.Mode().IsRegular() {
-			err = unix.EACCES
-		}
-		if err == nil {
-			err = unix.Faccessat(unix.AT_FDCWD, p, unix.X_OK, unix.AT_EACCESS)
-		}
-		switch {
-		case err == nil:
-			return p, nil
-		case errors.Is(err, fs.ErrNotExist), errors.Is(err, unix.ENOTDIR):
-		case denied == nil:
-			denied = refuse(wire.ErrNotExecutable, "exec %v", bare(p, err))
-		}
-	}
-	if denied != nil {
-		return "", denied
-	}
-	if len(candidates) == 1 && candidates[0] == name {
-		return "", refuse(wire.ErrNotFound, "exec %q: no such file", name)
-	}
-	return "", refuse(wire.ErrNotFound, "exec %q: not found in PATH %q", name, path)
-}
-
-func cmpOr(s, or string) string {
-	if s == "" {
-		return or
-	}
-	return s
-}
-
-// asUser runs f with the account's rights on files, and nothing else of it:
-// only the file system ids of one thread change (setfsuid(2)), so the account
-// gains no right to signal or trace the agent meanwhile.
-func asUser(who account, f func()) {
-	if who.UID == 0 || os.Geteuid() != 0 {
-		f()
-		return
-	}
-	done := make(chan struct{})
-	go func() {
-		defer close(done)
-		runtime.LockOSThread() // never unlocked: the thread ends with the goroutine
-		groups := append([]uint32{}, who.Groups...)
-		groups = append(groups, who.GID)
-		// Raw: the wrappers of the standard library change every thread.
-		unix.RawSyscall(unix.SYS_SETGROUPS, uintptr(len(groups)), uintptr(unsafe.Pointer(&groups[0])), 0)
-		unix.SetfsgidRetGid(int(who.GID))
-		unix.SetfsuidRetUid(int(who.UID))
-		f()
-	}()
-	<-done
-}
 
 // A session is one running command and the stream it belongs to.
 type session struct {
-	conn stream
-	proc *os.Process
-	pty  *os.File // the master, nil without a pty
+	conn  stream
+	proc  *os.Process
+	pty   *os.File   // the master, nil without a pty
+	outs  []*os.File // standard output and error, or the pty alone; closed by their pumps
+	stdin *os.File   // nil when the host sends none; the pty's master, or a pipe
 
 	writing sync.Mutex // frames
 
@@ -271,12 +52,12 @@ type session struct {
 	in stdinQueue
 }
 
-// startSession starts the command. The caller runs it (run) or closes it.
-// Errors are *wire.Error.
-func (s *server) startSession(conn stream, e *wire.Exec) (*session, []*os.File, *os.File, error) {
+// startSession starts the command; the caller runs the session (run). Errors
+// are *wire.Error.
+func (s *server) startSession(conn stream, e *wire.Exec) (*session, error) {
 	c, err := prepare(e)
 	if err != nil {
-		return nil, nil, nil, err
+		return nil, err
 	}
 	x := &session{conn: conn, exited: make(chan struct{})}
 	x.in.init()
@@ -284,29 +65,27 @@ func (s *server) startSession(conn stream, e *wire.Exec) (*session, []*os.File, 
 	if os.Geteuid() == 0 {
 		attr.Sys.Credential = &syscall.Credential{Uid: c.who.UID, Gid: c.who.GID, Groups: c.who.Groups}
 	} else if int(c.who.UID) != os.Geteuid() {
-		return nil, nil, nil, refuse(wire.ErrInternal, "exec: the agent is not root")
+		return nil, refuse(wire.ErrInternal, "exec: the agent is not root")
 	}
 
-	var outs []*os.File
-	var in *os.File
 	var theirs, ours []*os.File
-	fail := func(err error) (*session, []*os.File, *os.File, error) {
+	fail := func(err error) (*session, error) {
 		for _, f := range slices.Concat(theirs, ours) {
 			f.Close()
 		}
-		return nil, nil, nil, err
+		return nil, err
 	}
 	if e.TTY != nil {
 		master, slave, err := openPTY(*e.TTY, c.who)
 		if err != nil {
-			return nil, nil, nil, refuse(wire.ErrInternal, "pty: %v", err)
+			return nil, refuse(wire.ErrInternal, "pty: %v", err)
 		}
 		ours, theirs = append(ours, master), append(theirs, slave)
 		attr.Files = []*os.File{slave, slave, slave}
 		attr.Sys.Setctty = true
-		x.pty, outs = master, []*os.File{master}
+		x.pty, x.outs = master, []*os.File{master}
 		if e.Stdin {
-			in = master
+			x.stdin = master
 		}
 	} else {
 		pipe := func() (r, w *os.File, err error) {
@@ -321,7 +100,7 @@ func (s *server) startSession(conn stream, e *wire.Exec) (*session, []*os.File, 
 			if err != nil {
 				return fail(err)
 			}
-			stdin, in = r, w
+			stdin, x.stdin = r, w
 			ours = append(ours, w)
 		} else if stdin, err = os.Open(os.DevNull); err != nil {
 			return fail(refuse(wire.ErrInternal, "%v", bare(os.DevNull, err)))
@@ -332,7 +111,7 @@ func (s *server) startSession(conn stream, e *wire.Exec) (*session, []*os.File, 
 			if err != nil {
 				return fail(err)
 			}
-			ours, theirs, outs = append(ours, r), append(theirs, w), append(outs, r)
+			ours, theirs, x.outs = append(ours, r), append(theirs, w), append(x.outs, r)
 		}
 		attr.Files = theirs
 		// The agent is root; a command must be able to open /dev/stdout again.
@@ -351,7 +130,7 @@ func (s *server) startSession(conn stream, e *wire.Exec) (*session, []*os.File, 
 	for _, f := range theirs {
 		f.Close()
 	}
-	return x, outs, in, nil
+	return x, nil
 }
 
 // spawn starts the process. While it forks, the agent gives up its protection
@@ -379,22 +158,22 @@ func (s *server) spawn(c *command, attr *os.ProcAttr) (*os.Process, error) {
 
 // run carries the session until its exit frame is written or the host's stream
 // broke and nothing of the session's process group is left.
-func (x *session) run(outs []*os.File, in *os.File) {
+func (x *session) run() {
 	var pumps sync.WaitGroup
 	types := []wire.FrameType{wire.FrameStdout, wire.FrameStderr}
-	for i, f := range outs {
+	for i, f := range x.outs {
 		pumps.Go(func() { x.pump(f, types[i]) })
 	}
-	if in != nil {
-		go x.feed(in)
+	if x.stdin != nil {
+		go x.feed(x.stdin)
 	}
 	broken := make(chan struct{})
 	go func() {
-		x.control(in != nil)
+		x.control(x.stdin != nil)
 		close(broken)
 	}()
 	ended := make(chan wire.Exit, 1)
-	go func() { ended <- x.wait(outs) }()
+	go func() { ended <- x.wait() }()
 
 	var exit wire.Exit
 	select {
@@ -403,11 +182,6 @@ func (x *session) run(outs []*os.File, in *os.File) {
 		x.conn.Close()
 		x.in.close()
 		x.hangUp(ended)
-		pumps.Wait()
-		if in != nil {
-			in.Close()
-		}
-		return
 	}
 	drained := make(chan struct{})
 	go func() { pumps.Wait(); close(drained) }()
@@ -421,8 +195,8 @@ func (x *session) run(outs []*os.File, in *os.File) {
 	x.conn.Close()
 	x.in.close()
 	<-drained
-	if in != nil {
-		in.Close() // a feeder may wait for whoever inherited the other side
+	if x.stdin != nil {
+		x.stdin.Close() // a feeder may wait for whoever inherited the other side
 	}
 }
 
@@ -498,7 +272,7 @@ func buffered(f *os.File) (n int) {
 
 // wait waits for the command, tells the pumps, and reaps it. The process group
 // is not signalled any more from the moment its leader can be reaped.
-func (x *session) wait(outs []*os.File) wire.Exit {
+func (x *session) wait() wire.Exit {
 	for {
 		// WNOWAIT leaves the zombie: its number stays ours until reaped is set.
 		err := unix.Waitid(unix.P_PID, x.proc.Pid, nil, unix.WEXITED|unix.WNOWAIT, nil)
@@ -512,7 +286,7 @@ func (x *session) wait(outs []*os.File) wire.Exit {
 	x.mu.Unlock()
 	x.exitTime = time.Now()
 	close(x.exited)
-	for _, f := range outs {
+	for _, f := range x.outs {
 		f.SetReadDeadline(x.exitTime.Add(drainSilence))
 	}
 	if err != nil {

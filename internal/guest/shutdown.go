@@ -320,13 +320,14 @@ type shutdowner struct {
 	once sync.Once
 }
 
-// ending is set once the host has asked for the end.
+// ending is set once the host has asked an init for the end that will leave
+// the overlay mounted.
 var ending atomic.Bool
 
 // start begins the shutdown and returns. Later requests change nothing.
 func (d *shutdowner) start(grace time.Duration) {
 	d.once.Do(func() {
-		ending.Store(true)
+		ending.Store(d.kind == kindBusybox || d.kind == kindOpenRC)
 		go d.run(grace)
 	})
 }
@@ -381,7 +382,7 @@ func onTerminate() {
 var terminated atomic.Bool
 
 // terminatePause lets the others write their last; busybox gives one second.
-const terminatePause = 300 * time.Millisecond
+const terminatePause = 600 * time.Millisecond
 
 // forcePowerOff is the last resort: everything but PID 1 and the agent is
 // killed, the disks are made read-only, and the machine goes off.
