@@ -36,21 +36,38 @@ const (
 	// a millisecond or two on hardware.
 	probeLoops = 2_000_000
 	// minKVMRate is the least number of instructions per second of CPU time
-	// that counts as hardware. Processors do 1e9 and more, as does KVM nested
-	// in a virtual machine; a kernel that emulates does some 1e6, TCG 1e8 to
-	// 1e9. Below this, TCG is the better choice.
-	minKVMRate = 100_000_000
+	// that counts as hardware. Processors do 1e9 and more, also for KVM nested
+	// in a virtual machine; a kernel that emulates does some 1e6. The limit
+	// lies between, nearer to the second: a host that is a busy guest itself
+	// may lose nine tenths of its time without seeing it.
+	minKVMRate = 20_000_000
 )
 
 // A kvmResult is the answer of the probe.
 type kvmResult struct {
 	works  bool
+	unsure bool   // the kernel did not come back in time
 	reason string // one clause
 	hint   string // next step for who asked for KVM by name, or ""
 }
 
-// probeKVM gives the answer, found once per process.
-var probeKVM = sync.OnceValue(func() kvmResult { return runKVMProbe("/dev/kvm", probeLoops) })
+var knownKVM struct {
+	sync.Mutex
+	found  bool
+	result kvmResult
+}
+
+// probeKVM gives the answer, found once per process. That the kernel did not
+// come back is no answer to keep.
+func probeKVM() kvmResult {
+	knownKVM.Lock()
+	defer knownKVM.Unlock()
+	if !knownKVM.found {
+		knownKVM.result = runKVMProbe("/dev/kvm", probeLoops)
+		knownKVM.found = !knownKVM.result.unsure
+	}
+	return knownKVM.result
+}
 
 // runKVMProbe answers within probeLimit. Should the kernel never come back
 // from an ioctl, that one thread stays behind with the descriptors it holds;
@@ -69,7 +86,7 @@ func runKVMProbe(device string, loops uint32) kvmResult {
 		case r := <-answer:
 			return r
 		case <-end.C:
-			return kvmResult{reason: fmt.Sprintf("%s does not come back within %v", device, probeLimit)}
+			return kvmResult{unsure: true, reason: fmt.Sprintf("%s does not come back within %v", device, probeLimit)}
 		case now := <-kick.C:
 			p.kickAfter(now)
 		}

@@ -28,7 +28,10 @@ const (
 	consoleReadBytes = 32 << 10
 	// drainLimit bounds reading what is left in a pipe after the process has
 	// ended; nobody else holds the other end.
-	drainLimit = 2 * time.Second
+	drainLimit = 10 * time.Second
+	// exitLimit is how long a QEMU that has closed its monitor before its
+	// guest began may take to exit.
+	exitLimit = 10 * time.Second
 	// spaceRetry is how long a VM whose drive found the host's disk full
 	// stands still before it tries again.
 	spaceRetry = time.Second
@@ -370,6 +373,10 @@ func (p *process) endedEarly() error {
 	last := strings.TrimSpace(e.Output)
 	if i := strings.LastIndexByte(last, '\n'); i >= 0 {
 		last = last[i+1:]
+	}
+	// QEMU repeats the option it complains about, which is ours and long.
+	if i := strings.LastIndex(last, "}: "); i >= 0 {
+		last = last[i+len("}: "):]
 	}
 	if last == "" {
 		return fmt.Errorf("qemu: %s and printed nothing", how)

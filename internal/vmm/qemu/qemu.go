@@ -326,7 +326,7 @@ func start(ctx context.Context, m vmm.Machine, info vmm.Info) (_ *process, err e
 		// It closed the connection, so it is about to end.
 		select {
 		case <-p.done:
-		case <-time.After(drainLimit):
+		case <-time.After(exitLimit):
 			ended = false
 		case <-ctx.Done():
 			ended, err = false, context.Cause(ctx)
@@ -335,7 +335,7 @@ func start(ctx context.Context, m vmm.Machine, info vmm.Info) (_ *process, err e
 	_ = p.Kill()
 	<-p.done
 	if ended {
-		return nil, p.explain()
+		return nil, p.explain(m)
 	}
 	if e := p.Exit().Output; e != "" {
 		return nil, fmt.Errorf("qemu: %w (it printed %q)", err, e)
@@ -345,16 +345,27 @@ func start(ctx context.Context, m vmm.Machine, info vmm.Info) (_ *process, err e
 
 // explain turns an early end into an error whose next step is known where the
 // reason is.
-func (p *process) explain() error {
+func (p *process) explain(m vmm.Machine) error {
 	early := &earlyExit{err: p.endedEarly(), output: p.Exit().Output}
+	e := banger.Errorf(banger.CodeUnavailable, "%w", early)
 	switch {
-	case strings.Contains(early.output, "lock"):
-		return banger.Errorf(banger.CodeConflict, "%w", early).WithHint("a drive is in use by another VM or program")
+	case strings.Contains(early.output, `" lock`): // -device …,drive=NODE: Failed to get "write" lock
+		e = banger.Errorf(banger.CodeConflict, "%w", early)
+		for i, d := range m.Drives {
+			if strings.Contains(early.output, "drive="+nodeName(i)+":") {
+				e.Message = fmt.Sprintf("drive: %q is in use", d.Path)
+			}
+		}
+		e.WithHint("another VM or program uses the file: stop it first")
 	case strings.Contains(early.output, "Cannot allocate memory") || strings.Contains(early.output, "cannot set up guest memory"):
-		return banger.Errorf(banger.CodeUnavailable, "%w", early).WithHint("the host has too little free memory: stop another VM or ask for less with -m")
+		e.WithHint("the host has too little free memory: stop another VM or ask for less with -m")
 	}
-	return banger.Errorf(banger.CodeUnavailable, "%w", early)
+	e.Detail = early.output
+	return e
 }
+
+// nodeName names a drive towards QEMU.
+func nodeName(drive int) string { return fmt.Sprintf("drive%d", drive) }
 
 // arguments builds the command line but for the character devices, opening
 // the machine's files on the way.
@@ -393,7 +404,7 @@ func arguments(m vmm.Machine, info vmm.Info, tscKHz int, in *inherited) ([]strin
 		if err != nil {
 			return nil, err
 		}
-		node := fmt.Sprintf("drive%d", i)
+		node := nodeName(i)
 		args = append(args,
 			"-add-fd", fmt.Sprintf("fd=%d,set=%d", fd, fd),
 			"-blockdev", blockdev(node, fd, drive.ReadOnly),

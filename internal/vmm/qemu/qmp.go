@@ -19,7 +19,7 @@ const (
 	maxQMPLineBytes = 64 << 10
 	// qmpTimeout bounds every command, whatever the caller's context says: a
 	// VMM that takes longer is stuck.
-	qmpTimeout = 10 * time.Second
+	qmpTimeout = 30 * time.Second
 )
 
 // A monitor speaks QMP (docs/interop/qmp-spec.txt of QEMU) over one end of a
