@@ -8,10 +8,6 @@ import (
 	"banger/internal/kernel"
 )
 
-// defaultSuite is the Debian suite that kernels come from unless asked
-// otherwise.
-const defaultSuite = "bookworm"
-
 func (d *daemon) kernelList(ctx context.Context, c *api.Call) (any, error) {
 	r, err := d.open()
 	if err != nil {
@@ -36,9 +32,6 @@ func (d *daemon) kernelPull(ctx context.Context, c *api.Call) (any, error) {
 	r, err := d.open()
 	if err != nil {
 		return nil, err
-	}
-	if p.Suite == "" {
-		p.Suite = defaultSuite
 	}
 	k, err := d.pullKernel(ctx, c, r, p.Suite)
 	if err != nil {

@@ -176,7 +176,7 @@ func (d *daemon) imageAndKernel(ctx context.Context, c *api.Call, r *rooms, p ap
 	k, err := r.kernels.Get(p.Spec.Kernel)
 	if p.Spec.Kernel == "" && banger.CodeOf(err) == banger.CodeNotFound {
 		start := time.Now()
-		k, err = d.pullKernel(ctx, c, r, defaultSuite)
+		k, err = d.pullKernel(ctx, c, r, kernel.DefaultSuite)
 		if err != nil {
 			return nil, nil, fmt.Errorf("no kernel is in the store yet, and none could be had: %w", err)
 		}

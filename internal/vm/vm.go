@@ -10,6 +10,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"path/filepath"
 	"runtime"
@@ -25,7 +26,7 @@ import (
 )
 
 // Time limits of a boot, by accelerator.
-const (
+var (
 	bootTimeoutKVM = 60 * time.Second
 	bootTimeoutTCG = 180 * time.Second
 )
@@ -33,11 +34,20 @@ const (
 // The steps of a stop: the guest's own shutdown, then the VMM's, then kill.
 // The agent uses the last part of the guest's time to put the disks in order
 // itself where the image's init is too slow or does not listen.
-const (
+var (
 	stopGuest     = 10 * time.Second
 	stopInitGrace = 7 * time.Second
 	stopVMM       = 5 * time.Second
 )
+
+// A kill that does nothing is tried again, killTries times in all.
+const killTries = 5
+
+var killWait = time.Second
+
+// endWait is how long a broken stream waits to learn that it was the end of
+// the VMM.
+var endWait = 2 * time.Second
 
 // Config is everything that a new VM is made from. The files belong to the
 // caller and must outlive the VM.
@@ -68,12 +78,18 @@ type VM struct {
 	overlay [16]byte // UUIDs of the disks
 	work    [16]byte
 
-	mu    sync.Mutex
-	state banger.State // changed by to alone
-	stage banger.Stage // the last one reached
-	proc  vmm.Process  // nil before the VMM was spawned
-	guest string       // the last event of the guest's side of the boot
+	stops sync.Mutex // held by Stop: of two at once the second finds the VM stopped
+
+	mu       sync.Mutex
+	state    banger.State  // changed by move alone
+	stage    banger.Stage  // the last one reached
+	proc     vmm.Process   // of the last start; nil before the VMM was spawned
+	stopBoot func()        // ends the boot that is under way
+	bootOver chan struct{} // closed when Start is done with it
 }
+
+// errStopped is the cause of the end of a boot that Stop ended.
+var errStopped = errors.New("stopped on request")
 
 // New makes the disks of a VM in its folder, which the caller holds and
 // removes if New fails.
@@ -129,6 +145,11 @@ func (v *VM) Console() *Console { return v.console }
 func (v *VM) to(e event) error {
 	v.mu.Lock()
 	defer v.mu.Unlock()
+	return v.move(e)
+}
+
+// move is to for who holds mu.
+func (v *VM) move(e event) error {
 	s, err := next(v.state, e)
 	if err != nil {
 		return err
@@ -146,9 +167,17 @@ func (v *VM) reached(s banger.Stage) {
 	}
 }
 
+// process is the VMM of the last start, nil before it was spawned.
+func (v *VM) process() vmm.Process {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	return v.proc
+}
+
 // Start boots the VM and returns when the network stage is reached. If it
-// fails, or ctx ends, nothing is left running and the error names the last
-// stage reached and holds the end of the console.
+// fails, or ctx ends, or a Stop comes, nothing is left running and the error
+// names the last stage reached; unless it was the user who ended it, it holds
+// the end of the console too.
 func (v *VM) Start(ctx context.Context) error {
 	if s := v.State(); !accept(s, RequestStart) {
 		return banger.Errorf(banger.CodeConflict, "VM %s: it is %s already", v.id, s)
@@ -157,29 +186,51 @@ func (v *VM) Start(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	if err := v.to(evStart); err != nil {
-		return err
-	}
 	limit := bootTimeoutKVM
 	if info.Accel == banger.AccelTCG {
 		limit = bootTimeoutTCG
 	}
+	began := time.Now()
 	bootCtx, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
+	if end, ok := bootCtx.Deadline(); ok { // the caller's own may be earlier
+		limit = end.Sub(began).Round(time.Millisecond)
+	}
+	bootCtx, stopBoot := context.WithCancelCause(bootCtx)
+	defer stopBoot(nil)
+	over := make(chan struct{})
+	defer close(over)
+
+	v.mu.Lock()
+	if err := v.move(evStart); err != nil {
+		v.mu.Unlock()
+		return banger.Errorf(banger.CodeConflict, "VM %s: %w", v.id, err)
+	}
+	v.stage, v.proc = banger.StageDisks, nil
+	v.stopBoot, v.bootOver = func() { stopBoot(errStopped) }, over
+	v.console.expectKernel()
+	v.mu.Unlock()
+
 	err = v.boot(bootCtx, info)
 	if err == nil {
-		return v.to(evBooted)
+		if err = v.to(evBooted); err == nil {
+			return nil
+		}
 	}
 	err = v.bootError(ctx, bootCtx, err, limit)
-	v.mu.Lock()
-	proc := v.proc
-	v.mu.Unlock()
-	if proc != nil {
-		proc.Kill()
-		<-proc.Done()
+	if proc := v.process(); proc != nil {
+		if killErr := kill(proc); killErr != nil {
+			err = fmt.Errorf("%w; %w", err, killErr)
+		}
 	}
 	v.removeRun()
-	v.to(evFailed)
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	if v.state == banger.StateStopping {
+		v.move(evExited)
+	} else {
+		v.move(evFailed)
+	}
 	return err
 }
 
@@ -208,9 +259,14 @@ func (v *VM) boot(ctx context.Context, info vmm.Info) error {
 		CPUs:        v.cfg.Spec.CPUs,
 		MemoryBytes: v.cfg.Spec.MemoryBytes,
 		Accel:       info.Accel,
-		Boot:        vmm.Boot{Kernel: v.cfg.Kernel.Vmlinux, Initrd: initramfs},
-		Drives:      drives,
-		Console:     v.console,
+		Boot: vmm.Boot{
+			Kernel: v.cfg.Kernel.Vmlinux, Initrd: initramfs,
+			// The kernel's self-tests of its ciphers take a fifth of an
+			// emulated boot and tell nothing about this machine.
+			Args: []string{"cryptomgr.notests"},
+		},
+		Drives:  drives,
+		Console: v.console,
 	})
 	if err != nil {
 		return err
@@ -298,9 +354,6 @@ func (v *VM) followBoot(ctx context.Context) error {
 		if err := json.Unmarshal(f.Payload, &ev); err != nil {
 			return fmt.Errorf("agent: boot: %w", err)
 		}
-		v.mu.Lock()
-		v.guest = ev.Stage
-		v.mu.Unlock()
 		switch ev.Stage {
 		case wire.StageFailed:
 			return fmt.Errorf("the guest cannot go on: %s", ev.Detail)
@@ -318,13 +371,21 @@ func (v *VM) bootError(user, boot context.Context, err error, limit time.Duratio
 	v.mu.Lock()
 	stage, proc := v.stage, v.proc
 	v.mu.Unlock()
-	if user.Err() != nil {
-		return &banger.Error{Code: banger.CodeCanceled, Err: context.Cause(user),
+	if cause := context.Cause(boot); errors.Is(cause, errStopped) || errors.Is(user.Err(), context.Canceled) {
+		return &banger.Error{Code: banger.CodeCanceled, Err: cause,
 			Message: fmt.Sprintf("boot: canceled after the stage %q", stage)}
 	}
 	var known *banger.Error
 	if proc == nil && errors.As(err, &known) {
 		return err // the driver said what it needs
+	}
+	if proc != nil && (errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) || errors.Is(err, vmm.ErrEnded)) {
+		// Streams break before the end of the VMM is known.
+		select {
+		case <-proc.Done():
+		case <-boot.Done():
+		case <-time.After(endWait):
+		}
 	}
 	e := banger.Errorf(banger.CodeGuest, "boot: stopped after the stage %q: %w", stage, err)
 	if boot.Err() != nil {
@@ -367,33 +428,51 @@ func describe(x vmm.Exit) string {
 }
 
 // Done is closed when the VMM is gone. Only after a Start that succeeded.
-func (v *VM) Done() <-chan struct{} { return v.proc.Done() }
+func (v *VM) Done() <-chan struct{} { return v.process().Done() }
 
 // EndError says how the VMM ended, once Done is closed, as the error of what
 // was cut off by it.
 func (v *VM) EndError() error {
-	e := banger.Errorf(banger.CodeGuest, "VM %s: it ended before the command did: %s", v.id, describe(v.proc.Exit()))
+	e := banger.Errorf(banger.CodeGuest, "VM %s: it ended before the command did: %s", v.id, describe(v.process().Exit()))
 	if lines := v.console.LastLines(20); len(lines) > 0 {
 		e.Detail = "the console ends:\n" + strings.Join(lines, "\n")
 	}
 	return e
 }
 
-// Stop ends a running VM: the guest gets stopGuest, then the VMM stopVMM,
-// then it is killed. clean says that the guest itself powered off, so that
-// its file systems are in order. ctx cuts the guest's time short. Stopping
-// what is stopped is clean and does nothing.
+// Stop ends a VM: the guest gets stopGuest, then the VMM stopVMM, then it is
+// killed. A boot that is under way is ended, and Start returns an error of
+// CodeCanceled. clean says that the guest itself powered off, so that its file
+// systems are in order. ctx cuts the guest's time short. Stopping what is
+// stopped is clean and does nothing.
 func (v *VM) Stop(ctx context.Context) (clean bool, err error) {
-	s := v.State()
-	if !accept(s, RequestStop) {
-		return false, banger.Errorf(banger.CodeConflict, "VM %s: it is %s", v.id, s)
+	v.stops.Lock()
+	defer v.stops.Unlock()
+	v.mu.Lock()
+	s, proc, bootOver := v.state, v.proc, v.bootOver
+	if s == banger.StateStarting {
+		err = v.move(evStop)
+		v.stopBoot()
 	}
-	if s != banger.StateRunning && s != banger.StatePaused {
+	v.mu.Unlock()
+	switch {
+	case !accept(s, RequestStop):
+		return false, banger.Errorf(banger.CodeConflict, "VM %s: it is %s", v.id, s)
+	case s == banger.StateStarting:
+		<-bootOver
+		return false, err
+	case s != banger.StateRunning && s != banger.StatePaused:
 		return true, nil
+	case isDone(proc): // unasked
+		v.removeRun()
+		if clean = s == banger.StateRunning && proc.Exit().Cause == vmm.CauseGuestOff; clean {
+			return true, v.to(evExited)
+		}
+		return false, v.to(evFailed)
 	}
 	if s == banger.StatePaused {
 		resumeCtx, cancel := context.WithTimeout(ctx, stopVMM)
-		v.proc.Resume(resumeCtx) // where it fails the guest stays silent and is ended below
+		proc.Resume(resumeCtx) // where it fails the guest stays silent and is ended below
 		cancel()
 	}
 	if err := v.to(evStop); err != nil {
@@ -406,28 +485,47 @@ func (v *VM) Stop(ctx context.Context) (clean bool, err error) {
 	if askErr == nil {
 		conn.Close()
 		select {
-		case <-v.proc.Done():
+		case <-proc.Done():
 		case <-guestCtx.Done():
 		}
 	}
-	if !isDone(v.proc) {
+	if !isDone(proc) {
 		vmmCtx, cancel := context.WithTimeout(context.WithoutCancel(ctx), stopVMM)
-		v.proc.Quit(vmmCtx) // an error leaves it running, and it is killed below
+		proc.Quit(vmmCtx) // an error leaves it running, and it is killed below
 		select {
-		case <-v.proc.Done():
+		case <-proc.Done():
 		case <-vmmCtx.Done():
 		}
 		cancel()
 	}
-	if !isDone(v.proc) {
-		v.proc.Kill()
-		<-v.proc.Done()
+	if !isDone(proc) {
+		if err := kill(proc); err != nil {
+			v.to(evFailed)
+			return false, fmt.Errorf("VM %s: %w", v.id, err)
+		}
 	}
 	v.removeRun()
 	if err := v.to(evExited); err != nil {
 		return false, err
 	}
-	return v.proc.Exit().Cause == vmm.CauseGuestOff, nil
+	return proc.Exit().Cause == vmm.CauseGuestOff, nil
+}
+
+// kill ends a VMM and waits for its end.
+func kill(p vmm.Process) error {
+	var err error
+	for range killTries {
+		err = p.Kill()
+		select {
+		case <-p.Done():
+			return nil
+		case <-time.After(killWait):
+		}
+	}
+	if err == nil {
+		err = errors.New("it does not end")
+	}
+	return fmt.Errorf("kill of the VMM process %d: %w", p.PID(), err)
 }
 
 func isDone(p vmm.Process) bool {
