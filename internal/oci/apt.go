@@ -3,8 +3,6 @@ package oci
 import (
 	"bufio"
 	"context"
-	"crypto/sha256"
-	"encoding/hex"
 	"io"
 	"net/url"
 	"os"
@@ -134,16 +132,9 @@ func (s *Source) resolveApt(img *Image) error {
 		if !packagePattern.MatchString(name) {
 			return banger.Errorf(banger.CodeUsage, "image %q: %q is not a package name", img.Name, clip(name))
 		}
-		if !slices.Contains(aptBase, name) {
-			b.packages = append(b.packages, name)
-		}
 	}
-	slices.Sort(b.packages)
-	b.packages = slices.Compact(b.packages)
-	if len(b.packages) > 0 {
-		sum := sha256.Sum256([]byte("packages\n" + strings.Join(b.packages, "\n")))
-		img.Name += "+" + hex.EncodeToString(sum[:4])
-	}
+	b.packages = extraPackages(s.Packages)
+	img.Name = s.Name(img.Reference)
 	b.image = img.Name
 	if err := b.checkTools(); err != nil {
 		return err

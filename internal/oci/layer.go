@@ -248,11 +248,10 @@ func (pl *pipeline) inflateOne(i int) (err error) {
 	if (err != nil || pl.rejected.Load() == int32(i+1)) && v.size-v.n > maxVerdictBytes {
 		return err
 	}
-	// What the decoder left must be hashed too; a wrong digest counts first.
+	// What the decoder left must be hashed too. A wrong digest, or what broke the
+	// stream, says more than what the decoder made of it.
 	if verr := v.finish(in); verr != nil {
-		if _, ok := errors.AsType[*mismatchError](verr); ok || err == nil {
-			err = verr
-		}
+		err = verr
 	}
 	if bl.inputSum != nil && err == nil {
 		*bl.inputSum = digestOf(v.h)

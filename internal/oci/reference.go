@@ -85,7 +85,7 @@ func ParseReference(s string) (Reference, error) {
 			e := banger.Errorf(banger.CodeUsage, "image reference %q: a path is not an image name", clip(s))
 			return Reference{}, e.WithHint("for a directory or tar say rootfs:%s, for an OCI layout oci:%s", clip(s), clip(s))
 		}
-		return bad(parseReason(err))
+		return bad(parseReason(s, err))
 	}
 	r := Reference{Kind: KindRegistry, Host: reference.Domain(named), Repository: reference.Path(named)}
 	if d, ok := named.(reference.Digested); ok {
@@ -102,14 +102,14 @@ func ParseReference(s string) (Reference, error) {
 	return r, nil
 }
 
-func parseReason(err error) string {
-	switch {
-	case errors.Is(err, reference.ErrNameContainsUppercase):
-		return "upper case in its name"
-	case errors.Is(err, reference.ErrNameTooLong):
+func parseReason(s string, err error) string {
+	if errors.Is(err, reference.ErrNameTooLong) {
 		return "too long"
-	case errors.Is(err, reference.ErrNameEmpty):
-		return "empty"
+	}
+	if lower := strings.ToLower(s); lower != s {
+		if _, err := reference.ParseNormalizedNamed(lower); err == nil {
+			return "upper case in its name"
+		}
 	}
 	return "not a valid image name"
 }

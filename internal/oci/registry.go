@@ -285,12 +285,13 @@ func (r *remote) send(ctx context.Context, path, accept string) (*http.Response,
 	}
 	resp, err := r.client.http.Do(req)
 	if err != nil {
-		stall.stop()
 		if ctx.Err() != nil {
-			return nil, context.Cause(ctx)
+			err = context.Cause(ctx)
 		}
+		stall.stop()
 		return nil, err
 	}
+	stall.timer.Stop()
 	stall.body = resp.Body
 	resp.Body = stall
 	return resp, nil
@@ -312,8 +313,10 @@ func newStall(ctx context.Context) (context.Context, *stallGuard) {
 }
 
 func (g *stallGuard) Read(p []byte) (int, error) {
+	// The clock runs only while we wait: who places the bytes may be slow.
 	g.timer.Reset(stallTimeout)
 	n, err := g.body.Read(p)
+	g.timer.Stop()
 	if err != nil && err != io.EOF && g.ctx.Err() != nil {
 		err = context.Cause(g.ctx)
 	}
