@@ -100,6 +100,17 @@ EXAMPLE
 		return usagef("%w", err).WithHint("`%s --help` shows the flags", cmd.CommandPath())
 	})
 	root.SetHelpTemplate(helpTemplate)
+	root.SetHelpCommand(&cobra.Command{
+		Use:   "help [COMMAND...]",
+		Short: "Show the help of a command",
+		RunE: func(_ *cobra.Command, args []string) error {
+			cmd, rest, err := root.Find(args)
+			if err != nil || len(rest) > 0 {
+				return usagef("%q: no such command", strings.Join(args, " ")).WithHint("`banger --help` lists the commands")
+			}
+			return cmd.Help()
+		},
+	})
 	root.AddCommand(runCommand(), imageCommand(), kernelCommand(), versionCommand())
 	return root
 }

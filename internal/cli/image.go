@@ -145,11 +145,17 @@ func newOutput(path string) (*output, error) {
 	if !errors.Is(err, unix.EOPNOTSUPP) && !errors.Is(err, unix.EISDIR) {
 		return nil, banger.Errorf(banger.CodeUnavailable, "%s: %w", dir, err).WithHint("check the folder of -o")
 	}
-	f, err := os.CreateTemp(dir, "."+filepath.Base(path)+".*")
+	return newNamedOutput(path)
+}
+
+// newNamedOutput is for file systems that have no files without a name.
+func newNamedOutput(path string) (*output, error) {
+	named := filepath.Join(filepath.Dir(path), fmt.Sprintf(".%s.%d", filepath.Base(path), os.Getpid()))
+	f, err := os.OpenFile(named, os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o644) // as without a name, so that the umask counts
 	if err != nil {
 		return nil, err
 	}
-	return &output{f: f, path: path, named: f.Name()}, nil
+	return &output{f: f, path: path, named: named}, nil
 }
 
 // commit gives the file its name, unless something took that meanwhile.

@@ -34,7 +34,12 @@ archive's signature, the package lists and the package are all verified.
 EXAMPLE
   banger kernel pull
   banger kernel pull trixie`,
-		Args: cobra.MaximumNArgs(1),
+		Args: func(cmd *cobra.Command, args []string) error {
+			if len(args) > 1 {
+				return exactly("[SUITE]")(cmd, args)
+			}
+			return nil
+		},
 		RunE: func(cmd *cobra.Command, args []string) error {
 			var p api.PullKernel
 			if len(args) == 1 {

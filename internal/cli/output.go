@@ -35,7 +35,7 @@ func escape(s string) string {
 	var b strings.Builder
 	for i, r := range s {
 		switch {
-		case r == unicode.ReplacementChar && s[i] != 0xef: // a byte that is no UTF-8
+		case r == unicode.ReplacementChar && !strings.HasPrefix(s[i:], string(r)): // a byte that is no UTF-8
 			fmt.Fprintf(&b, `\x%02x`, s[i])
 		case unicode.IsPrint(r):
 			b.WriteRune(r)

@@ -149,8 +149,9 @@ func environment(entries []string) ([]string, error) {
 
 // parseSize reads a number of bytes with an optional unit of powers of 1024.
 func parseSize(s string) (int64, error) {
-	digits := strings.TrimRight(strings.ToUpper(s), "IBKMGT")
-	unit := strings.ToUpper(s[len(digits):])
+	s = strings.ToUpper(s)
+	digits := strings.TrimRight(s, "IBKMGT")
+	unit := s[len(digits):]
 	var shift int
 	switch unit {
 	case "", "B":

@@ -24,6 +24,10 @@ import (
 // hostReserveBytes is what a VM must leave of the host's memory.
 const hostReserveBytes = 256 << 20
 
+// ephemeralGrace is what the services of a VM get to end when nothing of the
+// VM will be kept. The disks are put in order all the same.
+const ephemeralGrace = time.Second
+
 // trace turns the ends of steps into the waterfall of a run.
 type trace struct {
 	c     *api.Call
@@ -116,7 +120,7 @@ func (d *daemon) run(ctx context.Context, c *api.Call) (result any, err error) {
 	t.mark()
 	v, err := vm.New(vm.Config{
 		ID: id, Store: r.store, Spec: p.Spec, Config: im.Config,
-		Rootfs: im.Rootfs, RootUUID: im.UUID, Kernel: k, Agent: agent, Driver: driver,
+		Rootfs: im.Rootfs, RootUUID: im.UUID, Kernel: k, Agent: agent, Driver: driver, Grace: ephemeralGrace,
 		OnStage: func(s banger.Stage) { t.next(stepOf[s]) },
 	})
 	if err != nil {

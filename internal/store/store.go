@@ -64,7 +64,7 @@ type Store struct{ root string }
 // and removes what dead processes left half made. It refuses a folder that
 // another user owns or may write.
 func Open(root string) (*Store, error) {
-	// Remove compares paths, so there is one way to write the root.
+	// The paths that are handed out hold whatever the working folder becomes.
 	root, err := filepath.Abs(root)
 	if err != nil {
 		return nil, fmt.Errorf("state folder: %w", err)

@@ -64,7 +64,18 @@ func (c *Console) Write(p []byte) (int, error) {
 }
 
 // KernelUp is closed once the guest's first process has announced itself.
-func (c *Console) KernelUp() <-chan struct{} { return c.kernelUp }
+func (c *Console) KernelUp() <-chan struct{} {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.kernelUp
+}
+
+// expectKernel waits for the first process anew: the VM starts again.
+func (c *Console) expectKernel() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.kernelUp, c.seen, c.tail = make(chan struct{}), false, nil
+}
 
 // Bytes returns what is kept, oldest first. It is untrusted.
 func (c *Console) Bytes() []byte {

@@ -15,22 +15,19 @@ import (
 
 // replyTimeout bounds the answer of an agent to a request. Under emulation a
 // guest that is busy booting can take seconds to be scheduled.
-const replyTimeout = 30 * time.Second
+var replyTimeout = 30 * time.Second
 
 // ask opens a stream to the agent, sends a request on it and reads the reply.
 // The stream is the caller's to close. A refusal comes back as *wire.Error.
 func (v *VM) ask(ctx context.Context, req wire.Request) (net.Conn, wire.Reply, error) {
-	v.mu.Lock()
-	proc := v.proc
-	v.mu.Unlock()
 	var reply wire.Reply
-	conn, err := proc.DialGuest(ctx, wire.AgentPort)
+	conn, err := v.process().DialGuest(ctx, wire.AgentPort)
 	if err != nil {
 		return nil, reply, fmt.Errorf("agent: %w", err)
 	}
+	conn.SetDeadline(time.Now().Add(replyTimeout)) // before the end of ctx can set its own
 	stop := context.AfterFunc(ctx, func() { conn.SetDeadline(time.Unix(1, 0)) })
 	err = func() error {
-		conn.SetDeadline(time.Now().Add(replyTimeout))
 		req.Version = wire.Version
 		req.Token = v.token
 		if err := wire.WriteMessage(conn, req); err != nil {

@@ -63,6 +63,10 @@ type Config struct {
 	Agent    string // path of the guest binary
 	Driver   vmm.Driver
 
+	// Grace is what the image's init gets to shut down; 0 is stopInitGrace,
+	// which is also the most.
+	Grace time.Duration
+
 	// OnStage is told of each stage as it is reached, from the goroutine that
 	// calls New or Start.
 	OnStage func(banger.Stage)
@@ -105,6 +109,9 @@ func New(cfg Config) (*VM, error) {
 	}
 	if cfg.Spec.Init == "" {
 		cfg.Spec.Init = "auto"
+	}
+	if cfg.Grace == 0 || cfg.Grace > stopInitGrace {
+		cfg.Grace = stopInitGrace
 	}
 	if cfg.Spec.Hostname == "" {
 		cfg.Spec.Hostname = "banger-" + cfg.ID
@@ -481,7 +488,7 @@ func (v *VM) Stop(ctx context.Context) (clean bool, err error) {
 	guestCtx, cancel := context.WithTimeout(ctx, stopGuest)
 	defer cancel()
 	conn, _, askErr := v.ask(guestCtx, wire.Request{Op: wire.OpShutdown,
-		Shutdown: &wire.Shutdown{GraceMs: stopInitGrace.Milliseconds()}})
+		Shutdown: &wire.Shutdown{GraceMs: v.cfg.Grace.Milliseconds()}})
 	if askErr == nil {
 		conn.Close()
 		select {

@@ -28,13 +28,17 @@ import (
 const (
 	// probeLimit bounds the whole answer, whatever the kernel does.
 	probeLimit = 900 * time.Millisecond
-	// probeRunLimit bounds the guest code.
+	// probeRunLimit bounds the guest code by the clock, and probeCPULimit by
+	// the CPU time it got: a busy host is waited for, a slow one is not. At
+	// minKVMRate the loop takes half of probeCPULimit.
 	probeRunLimit = 250 * time.Millisecond
-	// probeKick is how often the vCPU thread is interrupted after that.
+	probeCPULimit = 100 * time.Millisecond
+	// probeKick is how often the vCPU thread is looked at, and interrupted
+	// after a limit.
 	probeKick = 5 * time.Millisecond
 	// probeLoops is how often the guest's loop of two instructions goes round:
-	// a millisecond or two on hardware.
-	probeLoops = 2_000_000
+	// a millisecond on hardware.
+	probeLoops = 500_000
 	// minKVMRate is the least number of instructions per second of CPU time
 	// that counts as hardware. Processors do 1e9 and more, also for KVM nested
 	// in a virtual machine; a kernel that emulates does some 1e6. The limit
@@ -100,15 +104,17 @@ type kvmProbe struct {
 	mu      sync.Mutex
 	tid     int       // of the thread in KVM_RUN, 0 when there is none
 	started time.Time // when it began to run
-	state   []byte    // struct kvm_run, shared with the kernel
-	late    atomic.Bool
+	// usedBefore is the CPU time that the thread had used by then.
+	usedBefore time.Duration
+	state      []byte // struct kvm_run, shared with the kernel
+	late       atomic.Bool
 }
 
 // kickAfter interrupts guest code that has used up its time.
 func (p *kvmProbe) kickAfter(now time.Time) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if p.tid == 0 || now.Sub(p.started) < probeRunLimit {
+	if p.tid == 0 || now.Sub(p.started) < probeRunLimit && cpuTimeOf(p.tid)-p.usedBefore < probeCPULimit {
 		return
 	}
 	p.late.Store(true)
@@ -297,8 +303,12 @@ func setLongMode(vcpu int) error {
 func (p *kvmProbe) execute(vcpu int, state []byte) kvmResult {
 	runtime.LockOSThread()
 	defer runtime.UnlockOSThread()
+	before, err := threadTime()
+	if err != nil {
+		return kvmResult{reason: err.Error()}
+	}
 	p.mu.Lock()
-	p.tid, p.started, p.state = unix.Gettid(), time.Now(), state
+	p.tid, p.started, p.usedBefore, p.state = unix.Gettid(), time.Now(), before, state
 	p.mu.Unlock()
 	// Taken back before state is unmapped and the thread serves others.
 	defer func() {
@@ -307,10 +317,6 @@ func (p *kvmProbe) execute(vcpu int, state []byte) kvmResult {
 		p.mu.Unlock()
 	}()
 
-	before, err := threadTime()
-	if err != nil {
-		return kvmResult{reason: err.Error()}
-	}
 	for {
 		_, err := ioctlOnce(vcpu, kvmRun, 0)
 		interrupted := errors.Is(err, unix.EINTR) || errors.Is(err, unix.EAGAIN)
@@ -322,7 +328,7 @@ func (p *kvmProbe) execute(vcpu int, state []byte) kvmResult {
 			return kvmResult{reason: terr.Error()}
 		}
 		if interrupted {
-			return kvmResult{reason: fmt.Sprintf("KVM is there but too slow: %d instructions took longer than %v", 2*p.loops, probeRunLimit)}
+			return kvmResult{reason: fmt.Sprintf("KVM is there but too slow: %d instructions took longer than %v", 2*p.loops, (after - before).Round(time.Millisecond))}
 		}
 		if err != nil {
 			return kvmResult{reason: fmt.Sprintf("%s: guest code does not run: %v", p.device, err)}
@@ -360,6 +366,19 @@ func threadTime() (time.Duration, error) {
 		return 0, fmt.Errorf("clock: %w", err)
 	}
 	return time.Duration(ts.Nano()), nil
+}
+
+// cpuTimeOf is the CPU time of another thread of this process, by the clock
+// that the kernel has for each (include/linux/posix-timers_types.h: the
+// inverted number, shifted by 3, with CPUCLOCK_PERTHREAD and CPUCLOCK_SCHED).
+// 0 where it cannot be read: then the clock on the wall decides alone.
+func cpuTimeOf(tid int) time.Duration {
+	const perThread, sched = 4, 2
+	var ts unix.Timespec
+	if err := unix.ClockGettime(int32(^tid<<3|perThread|sched), &ts); err != nil {
+		return 0
+	}
+	return time.Duration(ts.Nano())
 }
 
 // ioctl repeats what a signal interrupted.

@@ -79,11 +79,11 @@ func TestProbeDevice(t *testing.T) {
 // ends in time must be interrupted.
 func TestProbeGoesOnTooLong(t *testing.T) {
 	if r := runKVMProbe("/dev/kvm", 1); !r.works && !strings.Contains(r.reason, "too slow") {
-		need(t, false, "a KVM that runs at all: "+r.reason)
+		t.Skipf("SKIPPED, also in CI: a host need not have KVM: %s", r.reason)
 	}
 	began := time.Now()
 	r := runKVMProbe("/dev/kvm", 1<<31-1)
-	if took := time.Since(began); r.works || !strings.Contains(r.reason, "longer") || took < probeRunLimit || took > probeLimit {
+	if took := time.Since(began); r.works || !strings.Contains(r.reason, "longer") || took < probeCPULimit || took > probeLimit {
 		t.Errorf("after %v: %+v", took, r)
 	}
 }
