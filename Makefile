@@ -1,0 +1,41 @@
+# banger. `make demo` shows it, `make test` proves it.
+
+GO       ?= go
+VERSION  ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo dev)
+LDFLAGS  := -s -w -X banger/internal/cli.Version=$(VERSION) -X banger/internal/daemon.Version=$(VERSION) -X banger/internal/guest.Version=$(VERSION)
+PROGRAMS := banger bangerd banger-vsock-agent
+
+# Host packages (Debian's names), each with its reason in the README.
+RUN_PACKAGES  := qemu-system-x86 mmdebstrap uidmap ca-certificates
+TEST_PACKAGES := $(RUN_PACKAGES) e2fsprogs docker-registry busybox-static zstd cpio kmod attr procps bsdutils
+
+.PHONY: build demo test check bench soak packages test-packages clean
+
+build: ## the three programs, in bin/
+	@for p in $(PROGRAMS); do CGO_ENABLED=0 $(GO) build -trimpath -ldflags '$(LDFLAGS)' -o bin/$$p ./cmd/$$p || exit 1; done
+
+demo: packages build ## build, install what is needed when root, run a VM
+	./bin/banger run apt:bookworm -- sh -c 'uname -a; cat /etc/os-release; id; df -h / /root'
+
+test: test-packages check ## everything, with guests booted
+	./hack/test
+
+check: ## what needs no guest: formatting, vet, import rules
+	@test -z "$$(gofmt -l .)" || { gofmt -l .; echo "run gofmt -w on these"; exit 1; }
+	$(GO) vet ./...
+	$(GO) test -run 'TestImports|TestAgent' .
+
+bench: test-packages build ## ours beside the rivals, in one run
+	./hack/bench
+
+soak: test-packages ## long counts of the random tests
+	./hack/test -soak
+
+packages:
+	@./hack/packages $(RUN_PACKAGES)
+
+test-packages:
+	@./hack/packages $(TEST_PACKAGES)
+
+clean:
+	rm -rf bin

@@ -1,0 +1,473 @@
+package e2e
+
+import (
+	"crypto/rand"
+	"crypto/sha256"
+	"encoding/binary"
+	"encoding/hex"
+	"encoding/json"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	v1 "github.com/google/go-containerregistry/pkg/v1"
+	"github.com/hashicorp/yamux"
+	"github.com/klauspost/compress/gzip"
+
+	"banger/ext4"
+	"banger/internal/kernel"
+	"banger/internal/store"
+	"banger/internal/wire"
+)
+
+// TestCompare prints our figures beside the rivals', measured in turn in one
+// run. `make bench` runs it; it has no opinion and no time limit of its own.
+func TestCompare(t *testing.T) {
+	if os.Getenv("BANGER_BENCH") == "" {
+		t.Skip("make bench runs this")
+	}
+	t.Run("build", compareBuild)
+	t.Run("start", compareStart)
+}
+
+const benchRounds = 5
+
+// cost is what one run of a command took, children included.
+type cost struct{ wall, cpu time.Duration }
+
+func measure(t *testing.T, name string, args ...string) cost {
+	t.Helper()
+	cmd := exec.Command(name, args...)
+	cmd.Env = benchEnv(t)
+	start := time.Now()
+	out, err := cmd.CombinedOutput()
+	wall := time.Since(start)
+	if err != nil {
+		t.Fatalf("%s %s: %v\n%s", name, strings.Join(args, " "), err, out)
+	}
+	return cost{wall, cmd.ProcessState.UserTime() + cmd.ProcessState.SystemTime()}
+}
+
+var benchHome string
+
+func benchEnv(t *testing.T) []string {
+	t.Helper()
+	if benchHome == "" {
+		dir, err := cacheDir()
+		if err != nil {
+			t.Fatal(err)
+		}
+		benchHome = dir
+	}
+	return append(os.Environ(), "BANGER_HOME="+benchHome)
+}
+
+func median(d []time.Duration) time.Duration {
+	slices.Sort(d)
+	return d[len(d)/2]
+}
+
+// contender is one way to do a thing.
+type contender struct {
+	name string
+	run  func() cost
+	all  []cost
+}
+
+// race runs the contenders in turn and prints medians, as ratios to the first.
+func race(t *testing.T, title string, rounds int, contenders []*contender) {
+	for range rounds {
+		for _, c := range contenders {
+			c.all = append(c.all, c.run())
+		}
+	}
+	fmt.Printf("\n%s, medians of %d in turn\n", title, rounds)
+	fmt.Printf("%-44s %9s %9s %7s %7s\n", "", "wall s", "CPU s", "wall", "CPU")
+	var base cost
+	for i, c := range contenders {
+		var wall, cpu []time.Duration
+		for _, x := range c.all {
+			wall, cpu = append(wall, x.wall), append(cpu, x.cpu)
+		}
+		m := cost{median(wall), median(cpu)}
+		if i == 0 {
+			base = m
+		}
+		fmt.Printf("%-44s %9.3f %9.3f %6.2fx %6.2fx\n", c.name, m.wall.Seconds(), m.cpu.Seconds(),
+			m.wall.Seconds()/base.wall.Seconds(), m.cpu.Seconds()/base.cpu.Seconds())
+	}
+}
+
+// compareBuild builds one gzip image of Debian packages: ours, the floor under
+// it, and mke2fs on a tree that somebody unpacked before.
+func compareBuild(t *testing.T) {
+	cache, err := cacheDir()
+	if err != nil {
+		t.Fatal(err)
+	}
+	tarball := filepath.Join(cache, "bench.tar")
+	if _, err := os.Stat(tarball); err != nil {
+		out, err := exec.Command("mmdebstrap", "--quiet", "--variant=minbase",
+			"--include=systemd-sysv,dbus,udev,openssh-server,git,perl,python3,man-db,curl", "bookworm", tarball+".tmp").CombinedOutput()
+		if err != nil {
+			t.Fatalf("mmdebstrap: %v\n%s", err, out)
+		}
+		if err := os.Rename(tarball+".tmp", tarball); err != nil {
+			t.Fatal(err)
+		}
+	}
+	data, err := os.ReadFile(tarball)
+	if err != nil {
+		t.Fatal(err)
+	}
+	img, err := imageOf(gz, v1.Config{Cmd: []string{"/bin/bash"}}, data)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := world.registry.push("bench:gzip", img); err != nil {
+		t.Fatal(err)
+	}
+	layers, err := img.Layers()
+	if err != nil {
+		t.Fatal(err)
+	}
+	digest, err := layers[0].Digest()
+	if err != nil {
+		t.Fatal(err)
+	}
+	diffID, err := layers[0].DiffID()
+	if err != nil {
+		t.Fatal(err)
+	}
+	dir := t.TempDir()
+	out := filepath.Join(dir, "out.ext4")
+	fresh := func(run func() cost) func() cost {
+		return func() cost {
+			os.Remove(out)
+			syscall.Sync()
+			return run()
+		}
+	}
+	contenders := []*contender{
+		{name: "floor: pull, verify, gunzip, write", run: fresh(func() cost {
+			return measure(t, os.Args[0], floorArg, world.registry.addr, digest.String(), diffID.String(), out)
+		})},
+		{name: "banger image build", run: fresh(func() cost {
+			return measure(t, filepath.Join(world.bin, "banger"), "image", "build", world.registry.addr+"/bench:gzip", "-o", out)
+		})},
+	}
+	if os.Geteuid() == 0 {
+		tree := filepath.Join(dir, "tree")
+		if err := os.Mkdir(tree, 0o755); err != nil {
+			t.Fatal(err)
+		}
+		if msg, err := exec.Command("tar", "-C", tree, "-xf", tarball).CombinedOutput(); err != nil {
+			t.Fatalf("tar: %v\n%s", err, msg)
+		}
+		contenders = append(contenders, &contender{name: "mke2fs -d of the unpacked tree alone", run: fresh(func() cost {
+			return measure(t, "mke2fs", "-q", "-t", "ext4", "-d", tree, out, "1G")
+		})})
+	} else {
+		fmt.Println("SKIPPED: mke2fs -d: owners of an unpacked tree need root")
+	}
+	fmt.Printf("\nimage: %d MiB of tar, %d MiB gzip\n", len(data)>>20, mustSize(t, layers[0])>>20)
+	race(t, "image build", benchRounds, contenders)
+	os.Remove(out)
+}
+
+func mustSize(t *testing.T, l v1.Layer) int64 {
+	n, err := l.Size()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return n
+}
+
+// floorArg makes the test program do the floor and nothing else, so that it is
+// measured as a process like the others.
+const floorArg = "bench-floor"
+
+// floor does in one process what every way to an image must do at least: get
+// the blob, check both digests, gunzip, and write the bytes.
+func floor(addr, digest, diffID, out string) error {
+	resp, err := http.Get("http://" + addr + "/v2/bench/blobs/" + digest)
+	if err != nil {
+		return err
+	}
+	defer resp.Body.Close()
+	packed, unpacked := sha256.New(), sha256.New()
+	zr, err := gzip.NewReader(io.TeeReader(resp.Body, packed))
+	if err != nil {
+		return err
+	}
+	f, err := os.Create(out)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	if _, err := io.CopyBuffer(struct{ io.Writer }{io.MultiWriter(unpacked, f)}, zr, make([]byte, 1<<20)); err != nil {
+		return err
+	}
+	for _, c := range []struct{ got, want string }{
+		{"sha256:" + hex.EncodeToString(packed.Sum(nil)), digest},
+		{"sha256:" + hex.EncodeToString(unpacked.Sum(nil)), diffID},
+	} {
+		if c.got != c.want {
+			return fmt.Errorf("digest %s, not %s", c.got, c.want)
+		}
+	}
+	return f.Sync()
+}
+
+// compareStart times a warm `banger run` from its start to the first output of
+// a command beside QEMU alone with the same kernel, initramfs and disks.
+func compareStart(t *testing.T) {
+	ref := world.registry.addr + "/busybox:gzip"
+	banger := filepath.Join(world.bin, "banger")
+	measure(t, banger, "run", ref, "--", "true") // warm
+	bare := newBare(t, ref)
+	var stages [][]stage
+	race(t, "start to the first output of a command", 2*benchRounds+1, []*contender{
+		{name: "QEMU alone, to the first exec", run: bare.run},
+		{name: "banger run, all of it up to the exec", run: func() cost {
+			s := traced(t, banger, ref)
+			stages = append(stages, s)
+			var end int64
+			for _, x := range s {
+				if x.Name == "first byte" {
+					end = x.EndUs
+				}
+			}
+			return cost{wall: time.Duration(end) * time.Microsecond, cpu: 1}
+		}},
+	})
+	fmt.Println("\nwaterfall of a warm run, medians (ms)")
+	for i, s := range stages[0] {
+		var took []time.Duration
+		for _, run := range stages {
+			took = append(took, time.Duration(run[i].EndUs-run[i].StartUs)*time.Microsecond)
+		}
+		fmt.Printf("  %-12s %8.1f\n", s.Name, float64(median(took).Microseconds())/1000)
+	}
+}
+
+type stage struct {
+	Name    string `json:"name"`
+	StartUs int64  `json:"start_us"`
+	EndUs   int64  `json:"end_us"`
+}
+
+func traced(t *testing.T, banger, ref string) (stages []stage) {
+	t.Helper()
+	cmd := exec.Command(banger, "run", "--trace", "--json", ref, "--", "echo", "up")
+	cmd.Env = benchEnv(t)
+	var stderr strings.Builder
+	cmd.Stderr = &stderr
+	if err := cmd.Run(); err != nil {
+		t.Fatalf("%v\n%s", err, stderr.String())
+	}
+	for line := range strings.Lines(stderr.String()) {
+		var s stage
+		if json.Unmarshal([]byte(line), &s) == nil && s.Name != "" {
+			stages = append(stages, s)
+		}
+	}
+	return stages
+}
+
+// bare is QEMU by hand: nothing of banger's host side but the bytes it boots.
+type bare struct {
+	t      *testing.T
+	dir    string
+	kernel *kernel.Kernel
+	base   string
+	token  string
+}
+
+func newBare(t *testing.T, ref string) *bare {
+	out, err := exec.Command("env", append(benchEnv(t)[len(os.Environ()):], filepath.Join(world.bin, "banger"), "image", "inspect", "--json", ref)...).Output()
+	if err != nil {
+		t.Fatal(err)
+	}
+	var im struct{ Rootfs string }
+	if err := json.Unmarshal(out, &im); err != nil {
+		t.Fatal(err)
+	}
+	s, err := store.Open(benchHome)
+	if err != nil {
+		t.Fatal(err)
+	}
+	k, err := kernel.Open(s).Get("")
+	if err != nil {
+		t.Fatal(err)
+	}
+	b := &bare{t: t, dir: t.TempDir(), kernel: k, base: im.Rootfs, token: strings.Repeat("ab", 32)}
+	agent, err := os.Open(filepath.Join(world.bin, "banger-vsock-agent"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer agent.Close()
+	st, err := agent.Stat()
+	if err != nil {
+		t.Fatal(err)
+	}
+	config, err := json.Marshal(wire.BootConfig{
+		Version: wire.Version, Token: b.token, Hostname: "bare",
+		Base: uuidOf(t, b.base), Overlay: "00000000-0000-0000-0000-000000000001", Work: "00000000-0000-0000-0000-000000000002",
+		Modules: k.ModulesUUID, LoadModules: k.LoadModules(), Init: "agent",
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	f, err := os.Create(filepath.Join(b.dir, "initramfs"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := k.WriteInitramfs(f, agent, st.Size(), config); err != nil {
+		t.Fatal(err)
+	}
+	if err := f.Close(); err != nil {
+		t.Fatal(err)
+	}
+	return b
+}
+
+func uuidOf(t *testing.T, path string) string {
+	t.Helper()
+	f, err := os.Open(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	var u [16]byte
+	if _, err := f.ReadAt(u[:], 1024+0x68); err != nil {
+		t.Fatal(err)
+	}
+	return fmt.Sprintf("%x-%x-%x-%x-%x", u[:4], u[4:6], u[6:8], u[8:10], u[10:])
+}
+
+func (b *bare) run() cost {
+	t := b.t
+	t.Helper()
+	for i, name := range []string{"overlay", "work"} {
+		path := filepath.Join(b.dir, name)
+		os.Remove(path)
+		f, err := os.Create(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		id := [16]byte{15: byte(i + 1)}
+		if err := ext4.Format(f, ext4.Params{SizeBytes: 16 << 30, UUID: id, HashSeed: id, Time: time.Unix(1, 0)}, nil); err != nil {
+			t.Fatal(err)
+		}
+		f.Close()
+	}
+	sock := filepath.Join(b.dir, "agent.sock")
+	os.Remove(sock)
+	l, err := net.Listen("unix", sock)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	args := []string{"-M", "microvm", "-accel", "tcg,thread=multi", "-cpu", "max", "-m", "1024", "-smp", "2", "-nodefaults", "-no-user-config",
+		"-display", "none", "-no-reboot", "-kernel", b.kernel.Vmlinux, "-initrd", filepath.Join(b.dir, "initramfs"),
+		"-append", fmt.Sprintf("console=ttyS0 quiet loglevel=4 reboot=t panic=-1 no_timer_check cryptomgr.notests tsc=reliable tsc_early_khz=%d", hostTSC(t)),
+		"-serial", "file:" + filepath.Join(b.dir, "console"),
+		"-chardev", "socket,id=ag,path=" + sock, "-device", "virtio-serial-device", "-device", "virtserialport,chardev=ag,name=" + wire.PortName}
+	for i, d := range []string{b.base, filepath.Join(b.dir, "overlay"), filepath.Join(b.dir, "work"), b.kernel.Modules} {
+		ro := ""
+		if i == 0 || i == 3 {
+			ro = ",readonly=on"
+		}
+		args = append(args, "-drive", fmt.Sprintf("if=none,id=d%d,format=raw,file=%s%s", i, d, ro), "-device", fmt.Sprintf("virtio-blk-device,drive=d%d", i))
+	}
+	cmd := exec.Command("qemu-system-x86_64", args...)
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+	start := time.Now()
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	defer cmd.Wait()
+	defer cmd.Process.Kill()
+	conn, err := l.Accept()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	conn.SetDeadline(time.Now().Add(60 * time.Second))
+	var nonce [wire.NonceBytes]byte
+	rand.Read(nonce[:])
+	if err := wire.HandshakeHost(conn, nonce); err != nil {
+		t.Fatal(err)
+	}
+	config := yamux.DefaultConfig()
+	config.EnableKeepAlive = false
+	config.LogOutput = io.Discard
+	mux, err := yamux.Client(conn, config)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer mux.Close()
+	ask := func(req wire.Request) net.Conn {
+		s, err := mux.Open()
+		if err != nil {
+			t.Fatal(err)
+		}
+		req.Version, req.Token = wire.Version, b.token
+		var reply wire.Reply
+		if err := binary.Write(s, binary.BigEndian, wire.AgentPort); err != nil {
+			t.Fatal(err)
+		}
+		if err := wire.WriteMessage(s, req); err != nil {
+			t.Fatal(err)
+		}
+		if err := wire.ReadMessage(s, &reply); err != nil {
+			t.Fatal(err)
+		}
+		if reply.Error != nil {
+			t.Fatal(reply.Error)
+		}
+		return s
+	}
+	boot := ask(wire.Request{Op: wire.OpBoot})
+	for {
+		f, err := wire.ReadFrame(boot, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if strings.Contains(string(f.Payload), `"network"`) {
+			break
+		}
+	}
+	session := ask(wire.Request{Op: wire.OpExec, Exec: &wire.Exec{Args: []string{"echo", "up"}, Env: []string{"PATH=/bin"}}})
+	if f, err := wire.ReadFrame(session, nil); err != nil || f.Type != wire.FrameStdout {
+		t.Fatalf("exec: frame %v, %v", f.Type, err)
+	}
+	return cost{wall: time.Since(start), cpu: 1}
+}
+
+// hostTSC is the kHz that the kernel of this host counts with.
+func hostTSC(t *testing.T) int {
+	data, err := os.ReadFile("/proc/cpuinfo")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for line := range strings.Lines(string(data)) {
+		var mips float64
+		if k, v, ok := strings.Cut(line, ":"); ok && strings.TrimSpace(k) == "bogomips" {
+			fmt.Sscanf(strings.TrimSpace(v), "%f", &mips)
+			return int(mips * 500)
+		}
+	}
+	t.Fatal("/proc/cpuinfo: no bogomips")
+	return 0
+}

@@ -1,0 +1,283 @@
+// Package e2e drives banger's real binaries by script, as a user would: the
+// images come from a real registry on loopback, the guests are booted.
+package e2e
+
+import (
+	"bytes"
+	"flag"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	v1 "github.com/google/go-containerregistry/pkg/v1"
+	"github.com/rogpeppe/go-internal/testscript"
+)
+
+// world is what all scripts share.
+var world struct {
+	bin      string // folder of the three binaries
+	kernels  string // a store's folder of kernels
+	registry *registry
+	layout   string // an OCI layout with the scratch image
+}
+
+// needed are the programs without which nothing here can run.
+var needed = []string{"qemu-system-x86_64", "mmdebstrap", "docker-registry", "busybox", "zstd", "e2fsck", "dumpe2fs", "script"}
+
+func TestMain(m *testing.M) {
+	if len(os.Args) == 6 && os.Args[1] == floorArg {
+		if err := floor(os.Args[2], os.Args[3], os.Args[4], os.Args[5]); err != nil {
+			fmt.Println("floor:", err)
+			os.Exit(1)
+		}
+		os.Exit(0)
+	}
+	flag.Parse()
+	os.Exit(func() int {
+		if testing.Short() {
+			fmt.Println("e2e: SKIPPED: -short")
+			return 0
+		}
+		var missing []string
+		for _, p := range needed {
+			if _, err := exec.LookPath(p); err != nil {
+				missing = append(missing, p)
+			}
+		}
+		if len(missing) > 0 {
+			fmt.Printf("e2e: SKIPPED: not installed: %s (`make test` installs them as root)\n", strings.Join(missing, ", "))
+			if os.Getenv("CI") != "" {
+				return 1
+			}
+			return 0
+		}
+		dir, err := os.MkdirTemp("", "banger-e2e-")
+		if err == nil {
+			defer os.RemoveAll(dir)
+			err = setUp(dir)
+			if world.registry != nil {
+				defer world.registry.stop()
+			}
+		}
+		if err != nil {
+			fmt.Println("e2e: set-up:", err)
+			return 1
+		}
+		return m.Run()
+	}())
+}
+
+func setUp(dir string) error {
+	world.bin = filepath.Join(dir, "bin")
+	for _, p := range []string{"banger", "bangerd", "banger-vsock-agent"} {
+		if err := build(filepath.Join(world.bin, p), "banger/cmd/"+p); err != nil {
+			return err
+		}
+	}
+	prog := filepath.Join(dir, "prog")
+	if err := build(prog, "./testdata/prog"); err != nil {
+		return err
+	}
+
+	// The kernel is pulled once, into a store that outlives the tests so that
+	// running them again is quick; the scripts' stores share it.
+	cache, err := cacheDir()
+	if err != nil {
+		return err
+	}
+	world.kernels = filepath.Join(cache, "kernels")
+	cmd := exec.Command(filepath.Join(world.bin, "banger"), "kernel", "pull")
+	cmd.Env = append(os.Environ(), "BANGER_HOME="+cache)
+	if out, err := cmd.CombinedOutput(); err != nil {
+		return fmt.Errorf("kernel pull: %w\n%s", err, out)
+	}
+
+	if world.registry, err = startRegistry(dir); err != nil {
+		return err
+	}
+	below, above, err := busyboxLayers()
+	if err != nil {
+		return err
+	}
+	shell := v1.Config{Cmd: []string{"/bin/sh"}, Env: []string{"PATH=/bin:/usr/bin", "FROM=image"}}
+	for tag, c := range map[string]compression{"busybox:gzip": gz, "busybox:zstd": zst, "busybox:plain": plain} {
+		img, err := imageOf(c, shell, below, above)
+		if err != nil {
+			return err
+		}
+		if err := world.registry.push(tag, img); err != nil {
+			return err
+		}
+	}
+	binary, err := os.ReadFile(prog)
+	if err != nil {
+		return err
+	}
+	only, err := layerOf(file("prog", string(binary), 0o755))
+	if err != nil {
+		return err
+	}
+	scratch, err := imageOf(gz, v1.Config{Entrypoint: []string{"/prog"}, Cmd: []string{"hello"}}, only)
+	if err != nil {
+		return err
+	}
+	if err := world.registry.push("scratch:latest", scratch); err != nil {
+		return err
+	}
+	for tag, layer := range map[string][]byte{
+		"bad:truncated": below[:len(below)/2],
+		"bad:garbage":   bytes.Repeat([]byte("no tar at all\n"), 1000),
+	} {
+		img, err := imageOf(gz, shell, layer)
+		if err != nil {
+			return err
+		}
+		if err := world.registry.push(tag, img); err != nil {
+			return err
+		}
+	}
+	world.layout = filepath.Join(dir, "layout")
+	return writeLayout(world.layout, scratch)
+}
+
+func build(out, pkg string) error {
+	cmd := exec.Command("go", "build", "-trimpath", "-ldflags=-s -w", "-o", out, pkg)
+	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
+	if msg, err := cmd.CombinedOutput(); err != nil {
+		return fmt.Errorf("go build %s: %w\n%s", pkg, err, msg)
+	}
+	return nil
+}
+
+// cacheDir keeps what is slow to get between runs.
+func cacheDir() (string, error) {
+	if dir := os.Getenv("BANGER_TEST_CACHE"); dir != "" {
+		return dir, os.MkdirAll(dir, 0o700)
+	}
+	base, err := os.UserCacheDir()
+	if err != nil {
+		return "", err
+	}
+	dir := filepath.Join(base, "banger-test")
+	return dir, os.MkdirAll(dir, 0o700)
+}
+
+func TestScripts(t *testing.T) {
+	testscript.Run(t, testscript.Params{
+		Dir: "testdata",
+		Setup: func(env *testscript.Env) error {
+			home := filepath.Join(env.WorkDir, "home")
+			if err := os.MkdirAll(home, 0o700); err != nil {
+				return err
+			}
+			if err := os.Symlink(world.kernels, filepath.Join(home, "kernels")); err != nil {
+				return err
+			}
+			env.Setenv("BANGER_HOME", home)
+			env.Setenv("REGISTRY", world.registry.addr)
+			env.Setenv("LAYOUT", world.layout)
+			env.Setenv("BIN", world.bin)
+			env.Setenv("PATH", world.bin+string(os.PathListSeparator)+env.Getenv("PATH"))
+			return nil
+		},
+		Cmds: map[string]func(*testscript.TestScript, bool, []string){
+			"nothing-left": nothingLeft,
+			"wait-for":     waitFor,
+			"corrupt-blob": corruptBlob,
+			"same-digest":  sameDigest,
+		},
+		Condition: func(cond string) (bool, error) {
+			if cond == "root" {
+				return os.Geteuid() == 0, nil
+			}
+			return false, fmt.Errorf("unknown condition %q", cond)
+		},
+	})
+}
+
+// nothingLeft fails if a script's store holds a VM or anything half made, or
+// if a process of banger's still runs for it.
+func nothingLeft(ts *testscript.TestScript, neg bool, args []string) {
+	home := ts.Getenv("BANGER_HOME")
+	for _, room := range []string{"vms", "tmp", "trash"} {
+		entries, err := os.ReadDir(filepath.Join(home, room))
+		if err != nil && !os.IsNotExist(err) {
+			ts.Fatalf("%v", err)
+		}
+		for _, e := range entries {
+			ts.Fatalf("left behind: %s/%s", room, e.Name())
+		}
+	}
+	for _, p := range processesOf(home) {
+		ts.Fatalf("left behind: process %s", p)
+	}
+}
+
+// processesOf lists the processes that were started with this BANGER_HOME.
+func processesOf(home string) (found []string) {
+	mark := []byte("BANGER_HOME=" + home + "\x00")
+	dirs, _ := filepath.Glob("/proc/[0-9]*")
+	for _, dir := range dirs {
+		env, err := os.ReadFile(dir + "/environ")
+		if err != nil || !bytes.Contains(env, mark) {
+			continue
+		}
+		line, _ := os.ReadFile(dir + "/cmdline")
+		found = append(found, filepath.Base(dir)+" "+string(bytes.ReplaceAll(line, []byte{0}, []byte{' '})))
+	}
+	return found
+}
+
+// waitFor waits until a file holds a text: wait-for FILE TEXT.
+func waitFor(ts *testscript.TestScript, neg bool, args []string) {
+	if len(args) != 2 {
+		ts.Fatalf("usage: wait-for file text")
+	}
+	path := ts.MkAbs(args[0])
+	for end := time.Now().Add(60 * time.Second); time.Now().Before(end); time.Sleep(50 * time.Millisecond) {
+		data, err := os.ReadFile(path)
+		if err == nil && strings.Contains(string(data), args[1]) {
+			return
+		}
+	}
+	data, _ := os.ReadFile(path)
+	ts.Fatalf("%s does not hold %q after 60 s; it holds %q", args[0], args[1], data)
+}
+
+// corruptBlob flips a byte in the largest blob of the script's store.
+func corruptBlob(ts *testscript.TestScript, neg bool, args []string) {
+	blobs, err := filepath.Glob(filepath.Join(ts.Getenv("BANGER_HOME"), "blobs/sha256/*"))
+	if err != nil || len(blobs) == 0 {
+		ts.Fatalf("no blobs (%v)", err)
+	}
+	var largest string
+	var most int64
+	for _, b := range blobs {
+		if st, err := os.Stat(b); err == nil && st.Size() > most {
+			largest, most = b, st.Size()
+		}
+	}
+	data, err := os.ReadFile(largest)
+	ts.Check(err)
+	data[len(data)/2] ^= 1
+	ts.Check(os.WriteFile(largest, data, 0o600))
+}
+
+// sameDigest fails unless all files have the same bytes.
+func sameDigest(ts *testscript.TestScript, neg bool, args []string) {
+	var first string
+	for i, a := range args {
+		out, err := exec.Command("sha256sum", ts.MkAbs(a)).Output()
+		ts.Check(err)
+		sum := strings.Fields(string(out))[0]
+		if i == 0 {
+			first = sum
+		} else if (sum == first) == neg {
+			ts.Fatalf("%s and %s: digests %s and %s", args[0], a, first, sum)
+		}
+	}
+}
