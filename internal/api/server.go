@@ -85,7 +85,7 @@ func Serve(ctx context.Context, conn *net.UnixConn, routes map[string]Handler) {
 	result, err := handler(ctx, &Call{Files: files, Input: input, params: req.Params, out: out})
 	if err != nil {
 		e := asError(err)
-		if e.Code == banger.CodeInternal && ctx.Err() != nil {
+		if ctx.Err() != nil && e.Code != banger.CodeCanceled {
 			e = errCanceled // what broke, broke because the call was ended
 		}
 		out.frame(frameError, encodeError(e))

@@ -343,7 +343,7 @@ func (s *session) passSignals(signals <-chan os.Signal, over <-chan struct{}, tt
 
 func windowOf(fd int) wire.Window {
 	cols, rows, err := term.GetSize(fd)
-	if err != nil {
+	if err != nil || cols == 0 || rows == 0 { // a terminal may not know
 		return wire.Window{Rows: 24, Cols: 80}
 	}
 	return wire.Window{Rows: uint16(rows), Cols: uint16(cols)}

@@ -17,7 +17,6 @@ import (
 	"banger/internal/image"
 	"banger/internal/kernel"
 	"banger/internal/store"
-	"banger/internal/vmm/qemu"
 )
 
 // Version is set when a release is linked.
@@ -144,5 +143,3 @@ func (d *daemon) version(ctx context.Context, c *api.Call) (any, error) {
 	}
 	return api.Version{Version: Version, Go: runtime.Version(), Daemon: self, Agent: agent, State: root}, nil
 }
-
-func newDriver() *qemu.Driver { return qemu.New() }

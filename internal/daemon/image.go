@@ -20,7 +20,8 @@ type blobs struct{ *store.Blobs }
 func (b blobs) Create(digest string) (oci.BlobWriter, error) { return b.Blobs.Create(digest) }
 
 // source makes what oci needs to get an image: the parsed reference, the
-// files that the client opened, and where progress goes.
+// files that the client opened, and where progress goes. The package list is
+// read to its end: call it once.
 func (d *daemon) source(c *api.Call, p api.Source) (*oci.Source, oci.Reference, error) {
 	ref, err := oci.ParseReference(p.Reference)
 	if err != nil {
@@ -66,8 +67,19 @@ func (d *daemon) imageList(ctx context.Context, c *api.Call) (any, error) {
 // find looks an image up by what the user wrote: a reference, whose full name
 // is taken, or a name or id as it is.
 func (r *rooms) find(text string) (*image.Image, error) {
-	if ref, err := oci.ParseReference(text); err == nil && ref.Name() != "" {
-		if im, err := r.images.Find(ref.Name()); err == nil || banger.CodeOf(err) != banger.CodeNotFound {
+	full := ""
+	if ref, err := oci.ParseReference(text); err == nil {
+		full = new(oci.Source).Name(ref)
+	}
+	return r.lookUp(full, text)
+}
+
+// lookUp finds an image by its full name, if it has one, else by a text as it
+// is.
+func (r *rooms) lookUp(full, text string) (*image.Image, error) {
+	if full != "" {
+		im, err := r.images.Find(full)
+		if banger.CodeOf(err) != banger.CodeNotFound {
 			return im, err
 		}
 	}
@@ -115,26 +127,26 @@ func (d *daemon) imagePull(ctx context.Context, c *api.Call) (any, error) {
 	if err != nil {
 		return nil, err
 	}
-	im, err := d.pull(ctx, c, r, p, nil)
+	src, ref, err := d.source(c, p)
+	if err != nil {
+		return nil, err
+	}
+	im, err := d.pull(ctx, c, r, src, ref, p.Name, nil)
 	if err != nil {
 		return nil, err
 	}
 	return im.Image, nil
 }
 
-// pull gets an image into the store.
-func (d *daemon) pull(ctx context.Context, c *api.Call, r *rooms, p api.Source, onStep func(string, time.Time, time.Time)) (*image.Image, error) {
-	src, ref, err := d.source(c, p)
-	if err != nil {
-		return nil, err
-	}
+// pull gets an image into the store, under its own name if name is empty.
+func (d *daemon) pull(ctx context.Context, c *api.Call, r *rooms, src *oci.Source, ref oci.Reference, name string, onStep func(string, time.Time, time.Time)) (*image.Image, error) {
 	src.Blobs = blobs{r.store.Blobs()}
 	agent, err := openAgent()
 	if err != nil {
 		return nil, err
 	}
 	defer agent.Close()
-	im, err := r.images.Pull(ctx, src, ref, image.PullOptions{Name: p.Name, Agent: agent, OnStep: onStep})
+	im, err := r.images.Pull(ctx, src, ref, image.PullOptions{Name: name, Agent: agent, OnStep: onStep})
 	if err != nil {
 		return nil, err
 	}

@@ -18,6 +18,7 @@ import (
 	"banger/internal/kernel"
 	"banger/internal/store"
 	"banger/internal/vm"
+	"banger/internal/vmm/qemu"
 	"banger/internal/wire"
 )
 
@@ -77,11 +78,12 @@ func (d *daemon) run(ctx context.Context, c *api.Call) (result any, err error) {
 	if err := checkSpec(p.Spec); err != nil {
 		return nil, err
 	}
-	driver := newDriver()
+	driver := qemu.New()
 	info, err := driver.Probe(ctx, p.Spec.Accel)
 	if err != nil {
 		return nil, err
 	}
+	p.Spec.Accel = info.Accel // found out once
 	if info.Accel == banger.AccelTCG {
 		c.Emit(api.Event{Notice: fmt.Sprintf("no KVM (%s): the VM is emulated, slowly, and is no boundary against what runs in it", info.Reason)})
 	}
@@ -177,6 +179,10 @@ func checkSpec(s banger.Spec) error {
 
 // imageAndKernel finds the image and the kernel, and gets what is not there.
 func (d *daemon) imageAndKernel(ctx context.Context, c *api.Call, r *rooms, p api.RunParams, t *trace) (*image.Image, *kernel.Kernel, error) {
+	src, ref, err := d.source(c, p.Source)
+	if err != nil {
+		return nil, nil, err
+	}
 	k, err := r.kernels.Get(p.Spec.Kernel)
 	if p.Spec.Kernel == "" && banger.CodeOf(err) == banger.CodeNotFound {
 		start := time.Now()
@@ -189,29 +195,21 @@ func (d *daemon) imageAndKernel(ctx context.Context, c *api.Call, r *rooms, p ap
 	if err != nil {
 		return nil, nil, err
 	}
-	// An image with options has another name than its reference alone.
-	src, ref, err := d.source(c, p.Source)
-	if err != nil {
-		return nil, nil, err
-	}
 	start := time.Now()
-	name := p.Source.Name
-	if name == "" {
-		name = src.Name(ref)
+	text := p.Source.Reference
+	if len(src.Packages) > 0 {
+		text = "" // what has that name alone is another image
 	}
-	if name == "" {
-		return nil, nil, banger.Errorf(banger.CodeUsage, "image %q: it has no name of its own", ref).
-			WithHint("pull it under one: `banger image pull --name NAME %s`, then `banger run NAME`", ref)
-	}
-	im, err := r.images.Find(name)
-	if banger.CodeOf(err) == banger.CodeNotFound {
-		im, err = r.images.Find(p.Source.Reference)
-	}
+	im, err := r.lookUp(src.Name(ref), text)
 	if banger.CodeOf(err) != banger.CodeNotFound {
 		t.step("resolve", start, time.Now())
 		return im, k, err
 	}
-	im, err = d.pull(ctx, c, r, p.Source, t.step)
+	if src.Name(ref) == "" {
+		return nil, nil, banger.Errorf(banger.CodeUsage, "image %q: it has no name of its own", ref).
+			WithHint("pull it under one: `banger image pull --name NAME %s`, then `banger run NAME`", ref)
+	}
+	im, err = d.pull(ctx, c, r, src, ref, "", t.step)
 	return im, k, err
 }
 

@@ -63,7 +63,7 @@ func (s *server) startSession(conn stream, e *wire.Exec) (*session, error) {
 	x.in.init()
 	attr := &os.ProcAttr{Dir: c.dir, Env: c.env, Sys: &syscall.SysProcAttr{Setsid: true}}
 	if os.Geteuid() == 0 {
-		attr.Sys.Credential = &syscall.Credential{Uid: c.who.UID, Gid: c.who.GID, Groups: c.who.Groups}
+		attr.Sys.Credential = &syscall.Credential{Uid: c.who.UID, Gid: c.who.GID, Groups: c.who.processGroups()}
 	} else if int(c.who.UID) != os.Geteuid() {
 		return nil, refuse(wire.ErrInternal, "exec: the agent is not root")
 	}

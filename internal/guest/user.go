@@ -157,6 +157,18 @@ func lookupAccount(root, spec string) (account, error) {
 	return a, nil
 }
 
+// processGroups is the list for setgroups(2): the group itself, then the
+// supplementary ones, as initgroups(3) has it.
+func (a account) processGroups() []uint32 {
+	groups := []uint32{a.GID}
+	for _, g := range a.Groups {
+		if g != a.GID {
+			groups = append(groups, g)
+		}
+	}
+	return groups
+}
+
 // readAccounts reads an account file; one that is missing is empty.
 func readAccounts(path string) ([]byte, error) {
 	data, err := readBounded(path, maxAccountFileBytes)

@@ -146,9 +146,9 @@ func (im *Images) readNames() (names, error) {
 		if err != nil {
 			return n, err
 		}
-		if len(entries) > 0 {
-			return n, banger.Errorf(banger.CodeInternal, "images: %s is missing and there are %d images in %s",
-				im.s.ImageNames(), len(entries), im.s.Images()).WithHint("put the file back, or move the folders away and pull again")
+		if slices.ContainsFunc(entries, fs.DirEntry.IsDir) {
+			return n, banger.Errorf(banger.CodeInternal, "images: %s is missing and there are images in %s",
+				im.s.ImageNames(), im.s.Images()).WithHint("put the file back, or move the folders away and pull again")
 		}
 		return n, nil
 	}

@@ -189,12 +189,16 @@ func (v *VM) Start(ctx context.Context) error {
 	if s := v.State(); !accept(s, RequestStart) {
 		return banger.Errorf(banger.CodeConflict, "VM %s: it is %s already", v.id, s)
 	}
-	info, err := v.cfg.Driver.Probe(ctx, v.cfg.Spec.Accel)
-	if err != nil {
-		return err
+	accel := v.cfg.Spec.Accel
+	if accel == banger.AccelAuto {
+		info, err := v.cfg.Driver.Probe(ctx, accel)
+		if err != nil {
+			return err
+		}
+		accel = info.Accel
 	}
 	limit := bootTimeoutKVM
-	if info.Accel == banger.AccelTCG {
+	if accel == banger.AccelTCG {
 		limit = bootTimeoutTCG
 	}
 	began := time.Now()
@@ -218,7 +222,7 @@ func (v *VM) Start(ctx context.Context) error {
 	v.console.expectKernel()
 	v.mu.Unlock()
 
-	err = v.boot(bootCtx, info)
+	err := v.boot(bootCtx, accel)
 	if err == nil {
 		if err = v.to(evBooted); err == nil {
 			return nil
@@ -242,7 +246,7 @@ func (v *VM) Start(ctx context.Context) error {
 }
 
 // boot spawns the VMM and follows the guest up to the network stage.
-func (v *VM) boot(ctx context.Context, info vmm.Info) error {
+func (v *VM) boot(ctx context.Context, accel banger.Accel) error {
 	run := v.cfg.Store.VMRun(v.id)
 	if err := os.Mkdir(run, 0o700); err != nil {
 		return err
@@ -265,7 +269,7 @@ func (v *VM) boot(ctx context.Context, info vmm.Info) error {
 		RunDir:      run,
 		CPUs:        v.cfg.Spec.CPUs,
 		MemoryBytes: v.cfg.Spec.MemoryBytes,
-		Accel:       info.Accel,
+		Accel:       accel,
 		Boot: vmm.Boot{
 			Kernel: v.cfg.Kernel.Vmlinux, Initrd: initramfs,
 			// The kernel's self-tests of its ciphers take a fifth of an

@@ -477,7 +477,7 @@ func TestBootWithoutWhatItNeeds(t *testing.T) {
 		if err := v.Start(t.Context()); banger.CodeOf(err) != banger.CodeUnavailable {
 			t.Errorf("got %v", err)
 		}
-		nothingRuns(t, v, f, banger.StateCreated)
+		nothingRuns(t, v, f, banger.StateFailed)
 	})
 }
 
