@@ -62,13 +62,12 @@ func FuzzPackages(f *testing.F) {
 	})
 }
 
-func FuzzSources(f *testing.F) {
-	f.Add([]byte("deb [a=b] http://one.example/debian bookworm main\n"))
-	f.Add([]byte("Types: deb\nURIs: http://one.example/debian\n http://two.example\nSuites: bookworm-security\nEnabled: yes\n\n"))
-	f.Fuzz(func(t *testing.T, data []byte) {
+func FuzzMirrors(f *testing.F) {
+	f.Add("http://one.example/debian", "bookworm")
+	f.Add("ftp://one.example?x", "bookworm-security")
+	f.Fuzz(func(t *testing.T, uri, suite string) {
 		var m mirrors
-		m.readOneLine(data)
-		m.readDeb822(data)
+		m.add(uri, suite)
 		for _, uri := range append(m.main, m.security...) {
 			if !strings.HasPrefix(strings.ToLower(uri), "http") || strings.ContainsAny(uri, " \n\x00") {
 				t.Errorf("mirror %q", uri)

@@ -20,6 +20,7 @@ import (
 	"time"
 
 	"banger"
+	"banger/internal/apt"
 )
 
 // aptBase is what an apt image has beside the essential packages.
@@ -38,7 +39,6 @@ const (
 
 	maxPackageListBytes = 1 << 20
 	maxPackages         = 4096
-	maxSourcesBytes     = 1 << 20 // one file of apt sources
 )
 
 // An archive is a distribution whose suites are known here.
@@ -139,7 +139,7 @@ func (s *Source) resolveApt(img *Image) error {
 	if err := b.checkTools(); err != nil {
 		return err
 	}
-	if b.lines, err = aptLines(img.Name, suite, readHostSources(), keyringExists); err != nil {
+	if b.lines, err = aptLines(img.Name, suite, apt.Sources("/etc/apt"), keyringExists); err != nil {
 		return err
 	}
 	img.Config = banger.ImageConfig{Cmd: []string{"/bin/bash"}, Env: []string{aptPath}}
@@ -189,109 +189,9 @@ func hasSubIDs(file, who string) bool {
 	return false
 }
 
-// A sourceEntry is one archive from the host's apt sources.
-type sourceEntry struct {
-	uri, suite string
-	components []string
-	signedBy   string // a path, or ""
-}
-
 func keyringExists(path string) bool {
 	st, err := os.Stat(path)
 	return err == nil && st.Mode().IsRegular()
-}
-
-// readHostSources reads the host's apt sources, sources.list(5); what cannot be
-// read is left out.
-func readHostSources() []sourceEntry {
-	files := []string{"/etc/apt/sources.list"}
-	for _, pattern := range []string{"/etc/apt/sources.list.d/*.list", "/etc/apt/sources.list.d/*.sources"} {
-		more, _ := filepath.Glob(pattern)
-		files = append(files, more...)
-	}
-	var all []sourceEntry
-	for _, name := range files {
-		f, err := os.Open(name)
-		if err != nil {
-			continue
-		}
-		raw, err := io.ReadAll(io.LimitReader(f, maxSourcesBytes))
-		f.Close()
-		if err != nil {
-			continue
-		}
-		if strings.HasSuffix(name, ".sources") {
-			all = append(all, parseDeb822(string(raw))...)
-		} else {
-			all = append(all, parseOneLine(string(raw))...)
-		}
-	}
-	return all
-}
-
-func parseOneLine(text string) []sourceEntry {
-	var all []sourceEntry
-	for line := range strings.Lines(text) {
-		line, _, _ = strings.Cut(line, "#")
-		rest, ok := strings.CutPrefix(strings.TrimSpace(line), "deb ")
-		if !ok {
-			continue
-		}
-		rest = strings.TrimSpace(rest)
-		e := sourceEntry{}
-		if opts, after, ok := strings.Cut(rest, "]"); ok && strings.HasPrefix(opts, "[") {
-			for o := range strings.FieldsSeq(opts[1:]) {
-				if v, ok := strings.CutPrefix(o, "signed-by="); ok {
-					e.signedBy = v
-				}
-			}
-			rest = after
-		}
-		f := strings.Fields(rest)
-		if len(f) < 3 {
-			continue
-		}
-		e.uri, e.suite, e.components = f[0], f[1], f[2:]
-		all = append(all, e)
-	}
-	return all
-}
-
-func parseDeb822(text string) []sourceEntry {
-	var all []sourceEntry
-	for stanza := range strings.SplitSeq(strings.ReplaceAll(text, "\r", ""), "\n\n") {
-		fields := make(map[string]string)
-		last := ""
-		for line := range strings.SplitSeq(stanza, "\n") {
-			if strings.HasPrefix(line, "#") {
-				continue
-			}
-			if strings.HasPrefix(line, " ") || strings.HasPrefix(line, "\t") {
-				if last != "" {
-					fields[last] += "\n" + strings.TrimSpace(line)
-				}
-				continue
-			}
-			k, v, ok := strings.Cut(line, ":")
-			if ok {
-				last = strings.ToLower(strings.TrimSpace(k))
-				fields[last] = strings.TrimSpace(v)
-			}
-		}
-		if !slices.Contains(strings.Fields(fields["types"]), "deb") || strings.EqualFold(fields["enabled"], "no") {
-			continue
-		}
-		signedBy := fields["signed-by"]
-		if strings.Contains(signedBy, "\n") {
-			signedBy = "" // a key written out; the archive's own keyring is used
-		}
-		for uri := range strings.FieldsSeq(fields["uris"]) {
-			for suite := range strings.FieldsSeq(fields["suites"]) {
-				all = append(all, sourceEntry{uri: uri, suite: suite, components: strings.Fields(fields["components"]), signedBy: signedBy})
-			}
-		}
-	}
-	return all
 }
 
 var wordPattern = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9./_-]*$`)
@@ -299,16 +199,16 @@ var wordPattern = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9./_-]*$`)
 // ofArchive tells whether a host's source is a mirror of the distribution and
 // not somebody's repository for the same suite. Whatever it is, only packages
 // signed with the distribution's key are taken from it.
-func (e *sourceEntry) ofArchive(a *archive, keyring string) bool {
-	u, err := url.Parse(e.uri)
-	if err != nil || u.Scheme != "http" && u.Scheme != "https" || u.Host == "" || u.User != nil || strings.ContainsAny(e.uri, "[] \t") {
+func ofArchive(e *apt.Source, a *archive, keyring string) bool {
+	u, err := url.Parse(e.URI)
+	if err != nil || u.Scheme != "http" && u.Scheme != "https" || u.Host == "" || u.User != nil || strings.ContainsAny(e.URI, "[] \t") {
 		return false
 	}
-	if !slices.Contains(e.components, "main") {
+	if !slices.Contains(e.Components, "main") {
 		return false
 	}
-	if e.signedBy != "" {
-		return e.signedBy == keyring || strings.HasPrefix(filepath.Base(e.signedBy), a.name+"-archive-")
+	if e.SignedBy != "" {
+		return e.SignedBy == keyring || strings.HasPrefix(filepath.Base(e.SignedBy), a.name+"-archive-")
 	}
 	last := path.Base(strings.TrimRight(u.Path, "/"))
 	return last == a.name || last == a.name+"-security"
@@ -316,7 +216,7 @@ func (e *sourceEntry) ofArchive(a *archive, keyring string) bool {
 
 // aptLines returns the sources of a suite and its pockets: the host's own
 // mirrors where it has some for the suite, else the public ones.
-func aptLines(image, suite string, host []sourceEntry, exists func(string) bool) ([]string, error) {
+func aptLines(image, suite string, host []apt.Source, exists func(string) bool) ([]string, error) {
 	var a *archive
 	for i := range archives {
 		if slices.Contains(archives[i].suites, suite) {
@@ -341,9 +241,9 @@ func aptLines(image, suite string, host []sourceEntry, exists func(string) bool)
 	if keyring == "" {
 		return nil, banger.Errorf(banger.CodeUnavailable, "image %q: the archive key of %s is not on this host", image, a.name).WithHint("%s", a.hint)
 	}
-	find := func(suite string) *sourceEntry {
+	find := func(suite string) *apt.Source {
 		for i := range host {
-			if host[i].suite == suite && host[i].ofArchive(a, keyring) {
+			if host[i].Suite == suite && ofArchive(&host[i], a, keyring) {
 				return &host[i]
 			}
 		}
@@ -361,8 +261,8 @@ func aptLines(image, suite string, host []sourceEntry, exists func(string) bool)
 	var lines []string
 	add := func(suite, fallback string) {
 		if e := find(suite); e != nil {
-			components := slices.DeleteFunc(slices.Clone(e.components), func(c string) bool { return !wordPattern.MatchString(c) })
-			lines = append(lines, line(e.uri, suite, components))
+			components := slices.DeleteFunc(slices.Clone(e.Components), func(c string) bool { return !wordPattern.MatchString(c) })
+			lines = append(lines, line(e.URI, suite, components))
 		} else if own == nil && fallback != "" {
 			lines = append(lines, line(fallback, suite, main))
 		}
@@ -454,12 +354,18 @@ type aptRun struct {
 	once   sync.Once
 }
 
+// aptSteps are the first words of what mmdebstrap says of its steps; the rest
+// of what it says are remarks.
+var aptSteps = []string{"running", "downloading", "extracting", "installing", "cleaning", "creating"}
+
 func (r *aptRun) listen(p *progress, said io.Reader) {
 	lines := bufio.NewScanner(io.TeeReader(said, r.tail))
 	lines.Buffer(make([]byte, 4096), 64<<10)
 	for lines.Scan() {
-		if text, ok := strings.CutPrefix(lines.Text(), "I: "); ok {
-			p.report("build", clip(text), 0, 0)
+		text, ok := strings.CutPrefix(lines.Text(), "I: ")
+		step := strings.TrimSuffix(text, "...")
+		if verb, _, _ := strings.Cut(step, " "); ok && slices.Contains(aptSteps, verb) {
+			p.report("build", clip(step), 0, 0)
 		}
 	}
 	_, _ = io.Copy(r.tail, said) // past a line without end

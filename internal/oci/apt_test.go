@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"banger"
+	"banger/internal/apt"
 )
 
 func TestParsePackages(t *testing.T) {
@@ -62,10 +63,10 @@ func TestAptSources(t *testing.T) {
 		"Types: deb\nURIs: https://somebody.example/debian\nSuites: bookworm\nComponents: main\nSigned-By: /etc/apt/keyrings/somebody.gpg\n\n" +
 		"Types: deb\nEnabled: no\nURIs: http://off.example/debian\nSuites: trixie\nComponents: main\n"
 	oneLine := "# deb http://commented.example/debian trixie main\ndeb [arch=amd64 signed-by=/etc/apt/keyrings/x.gpg] https://x.example/debian trixie main\ndeb cdrom:[Debian]/ trixie main\ndeb http://deb.example/debian trixie main # local\n"
-	host := append(parseDeb822(deb822), parseOneLine(oneLine)...)
+	host := append(apt.ParseDeb822([]byte(deb822)), apt.ParseList([]byte(oneLine))...)
 	for _, tt := range []struct {
 		suite string
-		host  []sourceEntry
+		host  []apt.Source
 		want  []string
 	}{
 		{"bookworm", host, []string{
