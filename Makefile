@@ -15,7 +15,7 @@ build: ## the three programs, in bin/
 	@for p in $(PROGRAMS); do CGO_ENABLED=0 $(GO) build -trimpath -ldflags '$(LDFLAGS)' -o bin/$$p ./cmd/$$p || exit 1; done
 
 demo: packages build ## build, install what is needed when root, run a VM
-	./bin/banger run apt:bookworm -- sh -c 'uname -a; cat /etc/os-release; id; df -h / /root'
+	@./bin/banger run apt:bookworm -- sh -c 'uname -a; cat /etc/os-release; id; df -h / /root'
 
 test: test-packages check ## everything, with guests booted
 	./hack/test
