@@ -454,3 +454,17 @@ func aptFilter(e *entry) (keep bool) {
 	}
 	return true
 }
+
+// tailBuffer keeps the last bytes written to it.
+type tailBuffer struct {
+	buf  []byte
+	most int
+}
+
+func (t *tailBuffer) Write(p []byte) (int, error) {
+	t.buf = append(t.buf, p...)
+	if over := len(t.buf) - t.most; over > 0 {
+		t.buf = append(t.buf[:0], t.buf[over:]...)
+	}
+	return len(p), nil
+}

@@ -12,9 +12,13 @@ package oci
 import (
 	"context"
 	"io"
+	"net/http"
 	"os"
+	"sync"
 
 	"banger"
+
+	"github.com/google/go-containerregistry/pkg/authn"
 )
 
 // Limits on what an image may hold. An image past one of them is refused by
@@ -79,8 +83,12 @@ type Source struct {
 	// Packages are added to an apt: image; see ParsePackages.
 	Packages []string
 
-	limits *limits
-	client *registryClient // set by tests
+	limits    *limits
+	keychain  authn.Keychain    // nil: the user's; set by tests
+	transport http.RoundTripper // nil: the network; set by tests
+
+	mu           sync.Mutex
+	repositories map[string]*repository // of registries, by host/path
 }
 
 func (s *Source) lim() limits {

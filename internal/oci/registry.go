@@ -4,7 +4,6 @@ import (
 	"context"
 	"crypto/tls"
 	"crypto/x509"
-	"encoding/base64"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -14,39 +13,94 @@ import (
 	"net/netip"
 	"net/url"
 	"strings"
-	"sync"
 	"syscall"
 	"time"
+	"unicode"
+	"unicode/utf8"
 
 	"banger"
+
+	"github.com/google/go-containerregistry/pkg/authn"
+	"github.com/google/go-containerregistry/pkg/name"
+	"github.com/google/go-containerregistry/pkg/v1/remote/transport"
 )
 
 const (
-	dockerHub       = "docker.io"
-	dockerHubServer = "registry-1.docker.io"
-
-	maxTokenBytes     = 256 << 10 // answer of a token server
-	maxChallengeBytes = 8 << 10   // one WWW-Authenticate header
-	maxRedirects      = 10
+	maxHandshakeBytes = 128 << 10 // one body of the login
+	maxErrorBytes     = 4 << 10   // the body of an answer other than 200
+	maxRedirects      = 5
 	requestTries      = 3
 	firstRetryDelay   = 200 * time.Millisecond
 	dialTimeout       = 10 * time.Second
 	answerTimeout     = 30 * time.Second
+	helperTimeout     = 30 * time.Second // for the user's login, which a helper may hold
+	handshakeTimeout  = 60 * time.Second // for the first question and the token
 	stallTimeout      = 60 * time.Second // without a byte of a body
 )
 
-// registryClient is an HTTP client that keeps to rules:
-//   - plain http only to loopback addresses, at every hop of a redirect;
-//   - credentials go to the registry that was asked, and to the token server it
-//     names over https; neither they nor tokens follow a redirect to another
-//     host or port.
-type registryClient struct {
-	http *http.Client
-	auth func(ctx context.Context, host string) (credentials, error)
+// repository is the way into one repository of a registry, shared by every
+// image that a Source resolves there. The login is made once, when first needed.
+//
+// go-containerregistry speaks the login: it finds the user's credentials where
+// docker login and podman login leave them, answers the registry's challenge
+// and renews the token. It guarantees that credentials go to the registry asked
+// and to the token server that it names (never an address literal of a private
+// network), tokens to the registry, and headers with either to no other host or
+// port that a redirect leads to. The guard below it holds the rest: schemes,
+// redirects, limits.
+type repository struct {
+	name     name.Repository
+	base     string // scheme://host
+	keychain authn.Keychain
+	guard    *guard
+
+	turn   chan struct{} // held by the one who logs in
+	login  authn.Authenticator
+	client *http.Client // nil before the login
 }
 
-func newRegistryClient() *registryClient {
-	t := &http.Transport{
+// repository returns the way into a reference's repository, the same one each
+// time, so that a login serves all requests of a Source.
+func (s *Source) repository(ref Reference) (*repository, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	key := ref.Host + "/" + ref.Repository
+	if r := s.repositories[key]; r != nil {
+		return r, nil
+	}
+	scheme, opts := "https", []name.Option(nil)
+	if isLoopback(ref.Host) {
+		scheme, opts = "http", append(opts, name.Insecure)
+	}
+	// docker.io becomes the host that serves Docker Hub.
+	reg, err := name.NewRegistry(ref.Host, opts...)
+	if err != nil {
+		return nil, banger.Errorf(banger.CodeUsage, "image %q: registry %q: not a host to ask", ref.Name(), clip(ref.Host))
+	}
+	host := reg.RegistryStr()
+	r := &repository{
+		name: reg.Repo(ref.Repository), base: scheme + "://" + host, keychain: s.keychain,
+		guard: &guard{inner: s.transport, scheme: scheme, registry: host, userAgent: s.UserAgent},
+		turn:  make(chan struct{}, 1),
+	}
+	if r.keychain == nil {
+		r.keychain = authn.DefaultKeychain
+	}
+	if r.guard.inner == nil {
+		r.guard.inner = newTransport()
+	}
+	if r.guard.userAgent == "" {
+		r.guard.userAgent = "banger"
+	}
+	if s.repositories == nil {
+		s.repositories = make(map[string]*repository)
+	}
+	s.repositories[key] = r
+	return r, nil
+}
+
+func newTransport() *http.Transport {
+	return &http.Transport{
 		Proxy:                  http.ProxyFromEnvironment,
 		DialContext:            (&net.Dialer{Timeout: dialTimeout}).DialContext,
 		TLSHandshakeTimeout:    dialTimeout,
@@ -56,20 +110,6 @@ func newRegistryClient() *registryClient {
 		DisableCompression:     true, // digests are of the bytes as stored
 		ForceAttemptHTTP2:      true,
 	}
-	return &registryClient{http: &http.Client{Transport: t, CheckRedirect: checkRedirect}, auth: lookupCredentials}
-}
-
-func checkRedirect(req *http.Request, via []*http.Request) error {
-	if len(via) > maxRedirects {
-		return errors.New("too many redirects")
-	}
-	if req.URL.Scheme != "https" && (req.URL.Scheme != "http" || !isLoopback(req.URL.Host) || via[0].URL.Scheme != "http") {
-		return fmt.Errorf("redirect to %q, which is not https", clip(req.URL.Scheme+"://"+req.URL.Host))
-	}
-	if req.URL.Host != via[0].URL.Host || req.URL.Scheme != via[0].URL.Scheme {
-		req.Header.Del("Authorization")
-	}
-	return nil
 }
 
 // isLoopback tells whether host[:port] is this machine by its spelling alone:
@@ -87,39 +127,184 @@ func isLoopback(host string) bool {
 	return err == nil && a.Unmap().IsLoopback()
 }
 
-// remote is one repository of a registry.
-type remote struct {
-	client    *registryClient
-	ref       Reference
-	base      string // scheme://host
-	host      string
-	userAgent string
-
-	mu     sync.Mutex
-	header string // Authorization to send
+// connect returns a client that is logged in as far as the registry wants.
+// What failed is tried again by the next caller.
+func (r *repository) connect(ctx context.Context) (*http.Client, error) {
+	select {
+	case r.turn <- struct{}{}:
+		defer func() { <-r.turn }()
+	case <-ctx.Done():
+		return nil, context.Cause(ctx)
+	}
+	if r.client != nil {
+		return r.client, nil
+	}
+	if r.login == nil {
+		login, err := r.findLogin(ctx)
+		if err != nil {
+			return nil, err
+		}
+		r.login = login
+	}
+	ctx, cancel := context.WithTimeout(context.WithValue(ctx, handshakeKey{}, r.login != authn.Anonymous), handshakeTimeout)
+	defer cancel()
+	t, err := transport.NewWithContext(ctx, r.name.Registry, r.login, r.guard, []string{r.name.Scope(transport.PullScope)})
+	if err != nil {
+		return nil, err
+	}
+	r.client = &http.Client{Transport: t}
+	return r.client, nil
 }
 
-func (s *Source) remote(ref Reference) *remote {
-	c := s.client
-	if c == nil {
-		c = newRegistryClient()
+// loginError says that the user's own credentials cannot be read.
+type loginError struct{ err error }
+
+func (e *loginError) Error() string { return e.err.Error() }
+func (e *loginError) Unwrap() error { return e.err }
+
+// findLogin asks the keychain, which may run a program of the user's that
+// never ends and that nothing stops; here it is only waited for so long.
+func (r *repository) findLogin(ctx context.Context) (authn.Authenticator, error) {
+	type answer struct {
+		login authn.Authenticator
+		err   error
 	}
-	r := &remote{client: c, ref: ref, host: ref.Host, userAgent: s.UserAgent}
-	if r.host == dockerHub {
-		r.host = dockerHubServer
+	answers := make(chan answer, 1)
+	go func() {
+		login, err := authn.Resolve(ctx, r.keychain, r.name)
+		answers <- answer{login, err}
+	}()
+	timer := time.NewTimer(helperTimeout)
+	defer timer.Stop()
+	select {
+	case a := <-answers:
+		if a.err != nil {
+			return nil, &loginError{a.err}
+		}
+		return a.login, nil
+	case <-timer.C:
+		return nil, &loginError{fmt.Errorf("no answer from the credential helper for %s", helperTimeout)}
+	case <-ctx.Done():
+		return nil, context.Cause(ctx)
 	}
-	if r.userAgent == "" {
-		r.userAgent = "banger"
+}
+
+// handshakeKey marks the context of a login, whose bodies are small; its value
+// tells whether the user has credentials there.
+type handshakeKey struct{}
+
+// guard is what every request goes through last, those of the login and every
+// hop of a redirect too:
+//   - plain http goes to loopback only, and never follows https;
+//   - this machine is asked only on behalf of a registry that runs on it;
+//   - a login with credentials, or a body, which would hold a refresh token,
+//     is not led to another host;
+//   - bodies that are not an image's have a limit.
+type guard struct {
+	inner     http.RoundTripper
+	scheme    string // the one to ask the registry with
+	registry  string // host[:port]
+	userAgent string
+}
+
+// hopError is why a request was not sent or not answered. The library asks
+// some registries by https and by http at once: of its two errors this is the
+// one that counts, since errOtherScheme is none.
+type hopError struct{ err error }
+
+func (e *hopError) Error() string { return e.err.Error() }
+func (e *hopError) Unwrap() error { return e.err }
+
+var errOtherScheme = errors.New("asked by another scheme than its own")
+
+// RoundTrip implements http.RoundTripper.
+func (g *guard) RoundTrip(req *http.Request) (*http.Response, error) {
+	if err := g.check(req); err != nil {
+		if req.Body != nil {
+			req.Body.Close()
+		}
+		return nil, err
 	}
-	r.base = "https://" + r.host
-	if isLoopback(r.host) {
-		r.base = "http://" + r.host
+	req = req.Clone(req.Context())
+	req.Header.Set("User-Agent", g.userAgent)
+	resp, err := g.inner.RoundTrip(req)
+	if err != nil {
+		return nil, &hopError{err}
 	}
-	return r
+	most := int64(0)
+	if _, ok := req.Context().Value(handshakeKey{}).(bool); ok {
+		most = maxHandshakeBytes
+	}
+	if resp.StatusCode != http.StatusOK {
+		most = maxErrorBytes
+	}
+	if most > 0 {
+		resp.Body = struct {
+			io.Reader
+			io.Closer
+		}{io.LimitReader(resp.Body, most), resp.Body}
+	}
+	return resp, nil
+}
+
+func (g *guard) check(req *http.Request) error {
+	to := clip(req.URL.Scheme + "://" + req.URL.Host)
+	local := isLoopback(req.URL.Host)
+	redirect := ""
+	if via := previous(req); via != nil {
+		redirect = "redirect to "
+		withCredentials, _ := req.Context().Value(handshakeKey{}).(bool)
+		hops := 0
+		for r := req; r != nil; r = previous(r) {
+			hops++
+		}
+		switch {
+		case hops > maxRedirects+1:
+			return &hopError{errors.New("too many redirects")}
+		case via.URL.Scheme != req.URL.Scheme && req.URL.Scheme != "https":
+			return &hopError{fmt.Errorf("redirect to %q, which is not https", to)}
+		case via.URL.Host != req.URL.Host && (withCredentials || req.Body != nil && req.Body != http.NoBody):
+			return &hopError{fmt.Errorf("redirect of a login to %q, another host", to)}
+		}
+	}
+	switch {
+	case req.URL.Host == g.registry && req.URL.Scheme != g.scheme:
+		return errOtherScheme
+	case req.URL.Scheme != "https" && (req.URL.Scheme != "http" || !local):
+		return &hopError{fmt.Errorf("%s%q, which is not https", redirect, to)}
+	case local && !isLoopback(g.registry):
+		return &hopError{fmt.Errorf("%s%q, which is this machine", redirect, to)}
+	}
+	return nil
+}
+
+// previous returns the request whose answer led to req, nil at the first.
+func previous(req *http.Request) *http.Request {
+	if req.Response == nil {
+		return nil
+	}
+	return req.Response.Request
+}
+
+// remote is one image in a repository.
+type remote struct {
+	*repository
+	ref Reference
+}
+
+func (s *Source) remote(ref Reference) (*remote, error) {
+	r, err := s.repository(ref)
+	if err != nil {
+		return nil, err
+	}
+	return &remote{repository: r, ref: ref}, nil
 }
 
 func (s *Source) resolveRegistry(ctx context.Context, img *Image) error {
-	r := s.remote(img.Reference)
+	r, err := s.remote(img.Reference)
+	if err != nil {
+		return err
+	}
 	ask := img.Reference.Tag
 	var raw []byte
 	mediaType := ""
@@ -128,7 +313,6 @@ func (s *Source) resolveRegistry(ctx context.Context, img *Image) error {
 		raw = s.cachedDocument(d)
 	}
 	if raw == nil {
-		var err error
 		if raw, mediaType, err = r.manifest(ctx, ask); err != nil {
 			return sourceError(ctx, img.Name, err)
 		}
@@ -203,24 +387,20 @@ func (b *remoteBody) Read(p []byte) (int, error) {
 
 func (b *remoteBody) Close() error { return b.body.Close() }
 
-// get asks for a path, logs in if the registry wants that, and tries again
+// get asks for a path, after the login if there was none yet, and tries again
 // where the network or the server failed for the moment. Anything but 200 is an
 // error for the user.
 func (r *remote) get(ctx context.Context, path, accept string) (*http.Response, error) {
 	delay := firstRetryDelay
 	for try := 1; ; try++ {
-		resp, err := r.getOnce(ctx, path, accept)
-		if err == nil && resp.StatusCode == http.StatusOK {
+		resp, err := r.send(ctx, path, accept)
+		if err == nil {
 			return resp, nil
 		}
-		temporary := err != nil && isTemporary(err)
-		if err == nil {
-			temporary = resp.StatusCode >= 500 || resp.StatusCode == http.StatusTooManyRequests
-			err = r.statusError(resp)
-			resp.Body.Close()
-		} else if _, ok := errors.AsType[*banger.Error](err); !ok {
-			err = r.unavailable(err)
+		if ctx.Err() != nil {
+			return nil, context.Cause(ctx)
 		}
+		err, temporary := r.explain(err)
 		if !temporary || try == requestTries {
 			return nil, err
 		}
@@ -231,6 +411,23 @@ func (r *remote) get(ctx context.Context, path, accept string) (*http.Response, 
 			return nil, context.Cause(ctx)
 		}
 	}
+}
+
+// explain makes one line for the user of what went wrong, and tells whether it
+// may go well the next time.
+func (r *remote) explain(err error) (explained error, temporary bool) {
+	if e, ok := errors.AsType[*loginError](err); ok {
+		b := banger.Errorf(banger.CodeUnavailable, "image %q: login for %s: %s", r.ref.Name(), r.ref.Host, oneLine(e.err))
+		b.Err = err
+		return b.WithHint("check Docker's config.json (or Podman's auth.json) and the credential helpers it names"), false
+	}
+	if e, ok := errors.AsType[*transport.Error](err); ok {
+		return r.statusError(e), e.StatusCode >= 500 || e.StatusCode == http.StatusTooManyRequests
+	}
+	if e, ok := errors.AsType[*hopError](err); ok {
+		err = e.err
+	}
+	return r.unavailable(err), isTemporary(err)
 }
 
 func isTemporary(err error) bool {
@@ -246,44 +443,21 @@ func isTemporary(err error) bool {
 	return errors.Is(err, syscall.ECONNRESET) || errors.Is(err, io.ErrUnexpectedEOF) || errors.Is(err, io.EOF)
 }
 
-func (r *remote) getOnce(ctx context.Context, path, accept string) (*http.Response, error) {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	resp, err := r.send(ctx, path, accept)
-	if err != nil || resp.StatusCode != http.StatusUnauthorized {
-		return resp, err
-	}
-	if resp.Request.URL.Host != r.host {
-		return resp, nil // another host's challenge is not answered
-	}
-	header, err := r.login(ctx, resp.Header.Values("WWW-Authenticate"))
+func (r *remote) send(ctx context.Context, path, accept string) (*http.Response, error) {
+	client, err := r.connect(ctx)
 	if err != nil {
-		resp.Body.Close()
 		return nil, err
 	}
-	if header == "" || header == r.header {
-		return resp, nil
-	}
-	resp.Body.Close()
-	r.header = header
-	return r.send(ctx, path, accept)
-}
-
-func (r *remote) send(ctx context.Context, path, accept string) (*http.Response, error) {
 	ctx, stall := newStall(ctx)
 	req, err := http.NewRequestWithContext(ctx, http.MethodGet, r.base+path, nil)
 	if err != nil {
 		stall.stop()
 		return nil, err
 	}
-	req.Header.Set("User-Agent", r.userAgent)
 	if accept != "" {
 		req.Header.Set("Accept", accept)
 	}
-	if r.header != "" {
-		req.Header.Set("Authorization", r.header)
-	}
-	resp, err := r.client.http.Do(req)
+	resp, err := client.Do(req)
 	if err != nil {
 		if ctx.Err() != nil {
 			err = context.Cause(ctx)
@@ -294,6 +468,10 @@ func (r *remote) send(ctx context.Context, path, accept string) (*http.Response,
 	stall.timer.Stop()
 	stall.body = resp.Body
 	resp.Body = stall
+	if err := transport.CheckError(resp, http.StatusOK); err != nil {
+		resp.Body.Close()
+		return nil, err
+	}
 	return resp, nil
 }
 
@@ -335,8 +513,7 @@ func (g *stallGuard) stop() {
 
 // unavailable makes one line of an error of the network.
 func (r *remote) unavailable(err error) error {
-	reason := err.Error()
-	var e *banger.Error
+	reason := oneLine(err)
 	switch {
 	case errors.Is(err, context.Canceled):
 		return err
@@ -360,201 +537,62 @@ func (r *remote) unavailable(err error) error {
 			reason = "its certificate is not trusted"
 		} else if _, ok := errors.AsType[x509.UnknownAuthorityError](err); ok {
 			reason = "its certificate is not trusted"
+		} else if _, ok := errors.AsType[tls.RecordHeaderError](err); ok {
+			reason = "it does not speak TLS, and plain http is for loopback only"
 		} else if t, ok := errors.AsType[net.Error](err); ok && t.Timeout() {
 			reason = "no answer in time"
+		} else if isBadJSON(err) {
+			reason = "token server: answer not understood"
 		} else if u, ok := errors.AsType[*url.Error](err); ok {
-			reason = clip(strings.Join(strings.Fields(u.Err.Error()), " "))
+			reason = oneLine(u.Err)
 		}
 	}
-	e = banger.Errorf(banger.CodeUnavailable, "image %q: registry %s: %s", r.ref.Name(), r.host, reason)
+	e := banger.Errorf(banger.CodeUnavailable, "image %q: registry %s: %s", r.ref.Name(), r.ref.Host, reason)
 	e.Err = err
 	return e.WithHint("check the network, or build without a registry: apt:bookworm, oci:DIR, rootfs:DIR")
 }
 
+// isBadJSON tells an answer of a token server that was no such thing.
+func isBadJSON(err error) bool {
+	_, syntax := errors.AsType[*json.SyntaxError](err)
+	_, kind := errors.AsType[*json.UnmarshalTypeError](err)
+	return syntax || kind
+}
+
+// oneLine is the first line of an error that may repeat what a server or a
+// program wrote; more than that line may hold a secret.
+func oneLine(err error) string {
+	line, _, _ := strings.Cut(err.Error(), "\n")
+	line = strings.Map(func(r rune) rune {
+		if r == utf8.RuneError || !unicode.IsPrint(r) {
+			return '?'
+		}
+		return r
+	}, line)
+	return clip(strings.TrimRight(line, ": "))
+}
+
 // statusError makes one line of an answer other than 200. What the server
 // wrote goes into Detail, since it is anyone's text.
-func (r *remote) statusError(resp *http.Response) error {
-	body, _ := io.ReadAll(io.LimitReader(resp.Body, 1024))
-	name := r.ref.Name()
+func (r *remote) statusError(answer *transport.Error) error {
+	name, host := r.ref.Name(), r.ref.Host
+	code := answer.StatusCode
+	if code == http.StatusBadRequest && answer.Request != nil && !strings.HasPrefix(answer.Request.URL.Path, "/v2/") {
+		code = http.StatusUnauthorized // how some token servers say that the login is wrong
+	}
 	var e *banger.Error
-	switch code := resp.StatusCode; {
+	switch {
 	case code == http.StatusNotFound:
-		e = banger.Errorf(banger.CodeNotFound, "image %q: not found at %s", name, r.host).WithHint("check the spelling of name and tag")
+		e = banger.Errorf(banger.CodeNotFound, "image %q: not found at %s", name, host).WithHint("check the spelling of name and tag")
 	case code == http.StatusUnauthorized || code == http.StatusForbidden:
-		e = banger.Errorf(banger.CodeNotFound, "image %q: %s does not give access, or there is no such image", name, r.host).
-			WithHint("check the spelling; for a private image log in first: docker login %s", r.ref.Host)
+		e = banger.Errorf(banger.CodeNotFound, "image %q: %s does not give access, or there is no such image", name, host).
+			WithHint("check the spelling; for a private image log in first: docker login %s", host)
 	case code == http.StatusTooManyRequests:
-		e = banger.Errorf(banger.CodeUnavailable, "image %q: %s answers that there were too many requests", name, r.host).
-			WithHint("wait, or log in for a higher limit: docker login %s", r.ref.Host)
+		e = banger.Errorf(banger.CodeUnavailable, "image %q: %s answers that there were too many requests", name, host).
+			WithHint("wait, or log in for a higher limit: docker login %s", host)
 	default:
-		e = banger.Errorf(banger.CodeUnavailable, "image %q: %s answers with status %d", name, r.host, code).WithHint("try again later")
+		e = banger.Errorf(banger.CodeUnavailable, "image %q: %s answers with status %d", name, host, code).WithHint("try again later")
 	}
-	e.Detail = clip(strings.ToValidUTF8(string(body), "?"))
+	e.Detail = clip(strings.ToValidUTF8(answer.Error(), "?"))
 	return e
-}
-
-// login answers the challenges of a registry and returns the Authorization
-// header to use; "" if there is nothing to answer with.
-func (r *remote) login(ctx context.Context, challenges []string) (string, error) {
-	cred, err := r.client.auth(ctx, r.ref.Host)
-	if err != nil {
-		return "", banger.Errorf(banger.CodeUnavailable, "image %q: credentials for %s: %w", r.ref.Name(), r.ref.Host, err)
-	}
-	for _, c := range challenges {
-		if len(c) > maxChallengeBytes {
-			continue
-		}
-		scheme, params := parseChallenge(c)
-		switch scheme {
-		case "bearer":
-			if cred.RegistryToken != "" {
-				return "Bearer " + cred.RegistryToken, nil
-			}
-			token, err := r.token(ctx, params, cred)
-			if err != nil {
-				return "", err
-			}
-			return "Bearer " + token, nil
-		case "basic":
-			if cred.Username != "" {
-				return basicHeader(cred), nil
-			}
-		}
-	}
-	return "", nil
-}
-
-func basicHeader(c credentials) string {
-	return "Basic " + base64.StdEncoding.EncodeToString([]byte(c.Username+":"+c.Password))
-}
-
-// parseChallenge splits a WWW-Authenticate header with one challenge (RFC 9110,
-// 11.6.1) into its scheme, in lower case, and its parameters.
-func parseChallenge(s string) (scheme string, params map[string]string) {
-	scheme, rest, _ := strings.Cut(strings.TrimSpace(s), " ")
-	params = make(map[string]string)
-	for rest = strings.TrimLeft(rest, " ,"); rest != ""; rest = strings.TrimLeft(rest, " ,") {
-		key, after, ok := strings.Cut(rest, "=")
-		if !ok {
-			break
-		}
-		key = strings.ToLower(strings.TrimSpace(key))
-		var val strings.Builder
-		if strings.HasPrefix(after, `"`) {
-			i := 1
-			for i < len(after) && after[i] != '"' {
-				if after[i] == '\\' && i+1 < len(after) {
-					i++
-				}
-				val.WriteByte(after[i])
-				i++
-			}
-			rest = after[min(i+1, len(after)):]
-		} else {
-			v, next, _ := strings.Cut(after, ",")
-			val.WriteString(strings.TrimSpace(v))
-			rest = next
-		}
-		if _, dup := params[key]; !dup {
-			params[key] = val.String()
-		}
-	}
-	return strings.ToLower(scheme), params
-}
-
-// checkRealm decides whether a registry may send us to a token server: https,
-// or plain http where both are on loopback, and no address literal inside this
-// network other than the registry's own.
-func (r *remote) checkRealm(realm string) (*url.URL, error) {
-	u, err := url.Parse(realm)
-	if err != nil || u.Host == "" || u.User != nil {
-		return nil, fmt.Errorf("token server %q is not a URL to use", clip(realm))
-	}
-	local := isLoopback(u.Host) && isLoopback(r.host)
-	if u.Scheme != "https" && (u.Scheme != "http" || !local) {
-		return nil, fmt.Errorf("token server %q is not https", clip(realm))
-	}
-	if a, err := netip.ParseAddr(u.Hostname()); err == nil && u.Host != r.host && !local {
-		if a = a.Unmap(); !a.IsGlobalUnicast() || a.IsPrivate() {
-			return nil, fmt.Errorf("token server %q is an address of a private network", clip(realm))
-		}
-	} else if err != nil && isLoopback(u.Host) && !local {
-		return nil, fmt.Errorf("token server %q is this machine", clip(realm))
-	}
-	return u, nil
-}
-
-// token fetches a bearer token for pulling from the repository; distribution's
-// token authentication specification.
-func (r *remote) token(ctx context.Context, params map[string]string, cred credentials) (string, error) {
-	refused := func(reason any) (string, error) {
-		return "", banger.Errorf(banger.CodeUnavailable, "image %q: registry %s: %v", r.ref.Name(), r.host, reason)
-	}
-	u, err := r.checkRealm(params["realm"])
-	if err != nil {
-		return refused(err)
-	}
-	ctx, cancel := context.WithTimeout(ctx, answerTimeout)
-	defer cancel()
-	scope := "repository:" + r.ref.Repository + ":pull"
-	var req *http.Request
-	if cred.IdentityToken != "" {
-		form := url.Values{"grant_type": {"refresh_token"}, "service": {params["service"]}, "scope": {scope}, "client_id": {"banger"}, "refresh_token": {cred.IdentityToken}}
-		req, err = http.NewRequestWithContext(ctx, http.MethodPost, u.String(), strings.NewReader(form.Encode()))
-		if err == nil {
-			req.Header.Set("Content-Type", "application/x-www-form-urlencoded")
-		}
-	} else {
-		q := u.Query()
-		q.Set("scope", scope)
-		if params["service"] != "" {
-			q.Set("service", params["service"])
-		}
-		u.RawQuery = q.Encode()
-		req, err = http.NewRequestWithContext(ctx, http.MethodGet, u.String(), nil)
-		if err == nil && cred.Username != "" {
-			req.SetBasicAuth(cred.Username, cred.Password)
-		}
-	}
-	if err != nil {
-		return refused("token server: not a URL to use")
-	}
-	req.Header.Set("User-Agent", r.userAgent)
-	// A redirect could carry credentials or the form elsewhere.
-	client := *r.client.http
-	client.CheckRedirect = func(req *http.Request, via []*http.Request) error {
-		if req.URL.Host != via[0].URL.Host || req.URL.Scheme != via[0].URL.Scheme {
-			return errors.New("token server redirects to another host")
-		}
-		return checkRedirect(req, via)
-	}
-	resp, err := client.Do(req)
-	if err != nil {
-		return "", r.unavailable(fmt.Errorf("token server: %w", err))
-	}
-	defer resp.Body.Close()
-	if resp.StatusCode != http.StatusOK {
-		if resp.StatusCode == http.StatusBadRequest {
-			resp.StatusCode = http.StatusUnauthorized // how some say that the login is wrong
-		}
-		return "", r.statusError(resp)
-	}
-	raw, err := io.ReadAll(io.LimitReader(resp.Body, maxTokenBytes+1))
-	if err != nil {
-		return "", r.unavailable(err)
-	}
-	var answer struct {
-		Token       string `json:"token"`
-		AccessToken string `json:"access_token"`
-	}
-	if len(raw) > maxTokenBytes || json.Unmarshal(raw, &answer) != nil {
-		return refused("token server: answer not understood")
-	}
-	if answer.Token == "" {
-		answer.Token = answer.AccessToken
-	}
-	if answer.Token == "" || strings.ContainsAny(answer.Token, "\r\n") {
-		return refused("token server: no token in its answer")
-	}
-	return answer.Token, nil
 }

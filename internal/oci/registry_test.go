@@ -3,6 +3,8 @@ package oci
 import (
 	"bytes"
 	"context"
+	"crypto/tls"
+	"crypto/x509"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -17,10 +19,15 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
+	"syscall"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"banger"
+
+	"github.com/google/go-containerregistry/pkg/authn"
 )
 
 // testImage is an image's documents and blobs, for registries and layouts.
@@ -61,6 +68,9 @@ func (im *testImage) add(media string, raw []byte) string {
 
 // serve answers like a registry for the repository "r/i", tag "t".
 func (im *testImage) serve(w http.ResponseWriter, r *http.Request) {
+	if r.URL.Path == "/v2/" {
+		return
+	}
 	rest, ok := strings.CutPrefix(r.URL.Path, "/v2/r/i/")
 	kind, ref, _ := strings.Cut(rest, "/")
 	if ref == "t" {
@@ -91,9 +101,8 @@ func ref(t testing.TB, s string) Reference {
 // pull resolves and squashes, without the user's own credentials.
 func pull(t testing.TB, s *Source, r Reference) (*Image, *Tree[int], error) {
 	t.Helper()
-	if s.client == nil {
-		s.client = newRegistryClient()
-		s.client.auth = func(context.Context, string) (credentials, error) { return credentials{}, nil }
+	if s.keychain == nil {
+		s.keychain = authn.NewMultiKeychain() // anonymous
 	}
 	img, err := s.Resolve(t.Context(), r)
 	if err != nil {
@@ -253,20 +262,94 @@ func TestRegistryHostile(t *testing.T) {
 			http.Redirect(w, r, r.URL.Path, http.StatusFound)
 			return true
 		}, banger.CodeUnavailable, "too many redirects"},
+		{"layer six redirects away", func(w http.ResponseWriter, r *http.Request) bool {
+			n := len(r.URL.RawQuery)
+			if !is(r, layer) || n == maxRedirects+1 {
+				return false
+			}
+			http.Redirect(w, r, r.URL.Path+"?"+strings.Repeat("x", n+1), http.StatusFound)
+			return true
+		}, banger.CodeUnavailable, "too many redirects"},
+		{"layer five redirects away", func(w http.ResponseWriter, r *http.Request) bool {
+			n := len(r.URL.RawQuery)
+			if !is(r, layer) || n == maxRedirects {
+				return false
+			}
+			http.Redirect(w, r, r.URL.Path+"?"+strings.Repeat("x", n+1), http.StatusFound)
+			return true
+		}, "", ""},
 		{"redirect to plain http elsewhere", func(w http.ResponseWriter, r *http.Request) bool {
 			http.Redirect(w, r, "http://192.0.2.1/x", http.StatusFound)
 			return true
-		}, banger.CodeUnavailable, "not https"},
+		}, banger.CodeUnavailable, `redirect to "http://192.0.2.1", which is not https`},
+		{"layer redirects to plain http elsewhere", func(w http.ResponseWriter, r *http.Request) bool {
+			if !is(r, layer) {
+				return false
+			}
+			http.Redirect(w, r, "http://192.0.2.1/x", http.StatusFound)
+			return true
+		}, banger.CodeUnavailable, `redirect to "http://192.0.2.1", which is not https`},
+		{"redirect to another scheme", func(w http.ResponseWriter, r *http.Request) bool {
+			http.Redirect(w, r, "file:///etc/passwd", http.StatusFound)
+			return true
+		}, banger.CodeUnavailable, "which is not https"},
 		{"token server elsewhere in plain http", func(w http.ResponseWriter, r *http.Request) bool {
 			w.Header().Set("WWW-Authenticate", `Bearer realm="http://192.0.2.1/token"`)
 			w.WriteHeader(401)
 			return true
-		}, banger.CodeUnavailable, "is not https"},
+		}, banger.CodeUnavailable, `"http://192.0.2.1", which is not https`},
 		{"token server at the metadata address", func(w http.ResponseWriter, r *http.Request) bool {
 			w.Header().Set("WWW-Authenticate", `Bearer realm="https://169.254.169.254/token"`)
 			w.WriteHeader(401)
 			return true
-		}, banger.CodeUnavailable, "private network"},
+		}, banger.CodeUnavailable, "link-local address"},
+		{"challenge without a token server", func(w http.ResponseWriter, r *http.Request) bool {
+			w.Header().Set("WWW-Authenticate", "Bearer service=\"a\u202eb\"")
+			w.WriteHeader(401)
+			return true
+		}, banger.CodeUnavailable, "missing realm: map[service:a?b]"},
+		{"endless first answer", func(w http.ResponseWriter, r *http.Request) bool {
+			if r.URL.Path != "/v2/" {
+				return false
+			}
+			for {
+				if _, err := w.Write(make([]byte, 1<<16)); err != nil {
+					return true
+				}
+			}
+		}, "", ""},
+		{"endless refusal", func(w http.ResponseWriter, r *http.Request) bool {
+			w.WriteHeader(503)
+			for {
+				if _, err := w.Write(make([]byte, 1<<16)); err != nil {
+					return true
+				}
+			}
+		}, banger.CodeUnavailable, "status 503"},
+		{"endless token", tokenServer(func(w http.ResponseWriter) {
+			for {
+				if _, err := w.Write(make([]byte, 1<<16)); err != nil {
+					return
+				}
+			}
+		}), banger.CodeUnavailable, "body exceeds 65536 byte limit"},
+		{"token of 64 KiB and one", tokenServer(func(w http.ResponseWriter) {
+			_, _ = io.WriteString(w, `{"token":"`+strings.Repeat("x", 64<<10-11)+`"}`)
+		}), banger.CodeUnavailable, "body exceeds 65536 byte limit"},
+		{"token that is a page", tokenServer(func(w http.ResponseWriter) {
+			_, _ = io.WriteString(w, "<html>")
+		}), banger.CodeUnavailable, "answer not understood"},
+		{"no token", tokenServer(func(w http.ResponseWriter) {
+			_, _ = io.WriteString(w, `{"refresh_token":"secret"}`)
+		}), banger.CodeUnavailable, "registry 127.0.0.1"},
+		{"token with a line break", tokenServer(func(w http.ResponseWriter) {
+			_, _ = io.WriteString(w, `{"token":"a\r\nX-Other: b"}`)
+		}), banger.CodeUnavailable, "invalid header field value"},
+		{"token server broken", tokenServer(func(w http.ResponseWriter) { w.WriteHeader(500) }), banger.CodeUnavailable, "status 500"},
+		{"token server says the request is bad", tokenServer(func(w http.ResponseWriter) { w.WriteHeader(400) }), banger.CodeNotFound, "does not give access"},
+		{"token that does not help", tokenServer(func(w http.ResponseWriter) {
+			_, _ = io.WriteString(w, `{"token":"x"}`)
+		}), banger.CodeNotFound, "does not give access"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			srv := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
@@ -276,8 +359,19 @@ func TestRegistryHostile(t *testing.T) {
 			}))
 			defer srv.Close()
 			cache := &blobCache{}
+			start := time.Now()
 			_, _, err := pull(t, &Source{Blobs: cache}, ref(t, host(srv)+"/r/i:t"))
-			wantError(t, tt.name, err, tt.code, tt.err)
+			if tt.code != "" {
+				wantError(t, tt.name, err, tt.code, tt.err)
+			} else if err != nil {
+				t.Error(err)
+			}
+			if d := time.Since(start); d > 20*time.Second {
+				t.Errorf("it held us for %s", d)
+			}
+			if err != nil && strings.Contains(err.Error(), "secret") {
+				t.Errorf("the error tells a secret: %v", err)
+			}
 			if cache.open != 0 {
 				t.Errorf("%d blob writers left open", cache.open)
 			}
@@ -285,20 +379,128 @@ func TestRegistryHostile(t *testing.T) {
 	}
 }
 
+// tokenServer is a registry and a token server in one; token answers for it.
+func tokenServer(token func(w http.ResponseWriter)) func(http.ResponseWriter, *http.Request) bool {
+	return func(w http.ResponseWriter, r *http.Request) bool {
+		if r.URL.Path == "/token" {
+			token(w)
+			return true
+		}
+		w.Header().Set("WWW-Authenticate", `Bearer realm="http://`+r.Host+`/token"`)
+		w.WriteHeader(401)
+		return true
+	}
+}
+
 func TestRegistryRetry(t *testing.T) {
+	for _, of := range []string{"/v2/", "/token", "/v2/r/i/manifests/t"} {
+		for fails, ok := range map[int]bool{requestTries - 1: true, requestTries: false} {
+			im := newTestImage(t)
+			left := fails
+			srv := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+				if r.URL.Path == of {
+					if left--; left >= 0 {
+						w.WriteHeader(503)
+						return
+					}
+				}
+				if r.URL.Path == "/token" {
+					_, _ = io.WriteString(w, `{"token":"letmein"}`)
+					return
+				}
+				if r.Header.Get("Authorization") != "Bearer letmein" {
+					w.Header().Set("WWW-Authenticate", `Bearer realm="http://`+r.Host+`/token"`)
+					w.WriteHeader(401)
+					return
+				}
+				im.serve(w, r)
+			}))
+			_, _, err := pull(t, &Source{}, ref(t, host(srv)+"/r/i:t"))
+			srv.Close()
+			if ok && err != nil {
+				t.Errorf("%s fails %d times: %v", of, fails, err)
+			} else if !ok {
+				wantError(t, of, err, banger.CodeUnavailable, "status 503")
+			}
+		}
+	}
+}
+
+// TestRegistryLoginOnce has many blobs asked for at once and two images of one
+// repository; a token that expires is renewed.
+func TestRegistryLoginOnce(t *testing.T) {
 	im := newTestImage(t)
-	fails := 2
+	var mu sync.Mutex
+	asked, token, agents := map[string]int{}, "1", map[string]bool{}
 	srv := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		if fails--; fails >= 0 {
-			w.WriteHeader(503)
+		mu.Lock()
+		defer mu.Unlock()
+		asked[r.URL.Path]++
+		agents[r.Header.Get("User-Agent")] = true
+		if r.URL.Path == "/token" {
+			_, _ = io.WriteString(w, `{"token":"`+token+`"}`)
+			return
+		}
+		if r.Header.Get("Authorization") != "Bearer "+token {
+			w.Header().Set("WWW-Authenticate", `Bearer realm="http://`+r.Host+`/token",scope="repository:r/i:pull"`)
+			w.WriteHeader(401)
 			return
 		}
 		im.serve(w, r)
 	}))
 	defer srv.Close()
-	if _, _, err := pull(t, &Source{}, ref(t, host(srv)+"/r/i:t")); err != nil {
+	s := &Source{UserAgent: "banger/test", keychain: authn.NewMultiKeychain()}
+	var wg sync.WaitGroup
+	for range 16 {
+		wg.Go(func() {
+			r, err := s.remote(ref(t, host(srv)+"/r/i:t"))
+			if err == nil {
+				_, _, err = r.manifest(t.Context(), "t")
+			}
+			if err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	wg.Wait()
+	for _, name := range []string{":t", "@" + im.manifest} {
+		if _, _, err := pull(t, s, ref(t, host(srv)+"/r/i"+name)); err != nil {
+			t.Error(err)
+		}
+	}
+	if asked["/v2/"] != 1 || asked["/token"] != 1 {
+		t.Errorf("asked %d times how to log in, %d times for a token", asked["/v2/"], asked["/token"])
+	}
+	mu.Lock()
+	token = "2"
+	mu.Unlock()
+	if _, _, err := pull(t, s, ref(t, host(srv)+"/r/i:t")); err != nil {
 		t.Error(err)
 	}
+	if asked["/v2/"] != 1 || asked["/token"] != 2 {
+		t.Errorf("after the token expired: asked %d times how to log in, %d times for a token", asked["/v2/"], asked["/token"])
+	}
+	if len(agents) != 1 || !agents["banger/test"] {
+		t.Errorf("user agents %v", agents)
+	}
+}
+
+// userConfig makes a folder the user's only Docker configuration.
+func userConfig(t *testing.T, config string) string {
+	t.Helper()
+	d := t.TempDir()
+	for _, k := range []string{"XDG_RUNTIME_DIR", "XDG_CONFIG_HOME", "REGISTRY_AUTH_FILE", "DOCKER_AUTH_CONFIG"} {
+		t.Setenv(k, "")
+	}
+	t.Setenv("HOME", d)
+	t.Setenv("DOCKER_CONFIG", d)
+	if config == "" {
+		return d
+	}
+	if err := os.WriteFile(filepath.Join(d, "config.json"), []byte(config), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	return d
 }
 
 // TestRegistryLogin has a registry that wants a token, a token server that
@@ -332,6 +534,7 @@ func TestRegistryLogin(t *testing.T) {
 		_, _ = io.WriteString(w, `{"token":"letmein"}`)
 	}))
 	defer tokens.Close()
+	realm := strings.Replace(tokens.URL, "127.0.0.1", "localhost", 1)
 	basic := false
 	registry := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if u, p, ok := r.BasicAuth(); basic && (!ok || u != "me" || p != "secret") {
@@ -340,7 +543,7 @@ func TestRegistryLogin(t *testing.T) {
 			return
 		}
 		if !basic && r.Header.Get("Authorization") != "Bearer letmein" {
-			w.Header().Set("WWW-Authenticate", `Bearer realm="`+tokens.URL+`/token",service="reg",scope="repository:r/i:pull"`)
+			w.Header().Set("WWW-Authenticate", `Bearer realm="`+realm+`/token",service="reg",scope="repository:r/i:pull"`)
 			w.WriteHeader(401)
 			return
 		}
@@ -351,29 +554,33 @@ func TestRegistryLogin(t *testing.T) {
 		im.serve(w, r)
 	}))
 	defer registry.Close()
+	me, wrong := `{"auth":"bWU6c2VjcmV0"}`, `{"auth":"bWU6d3Jvbmc="}`
 	for _, tt := range []struct {
 		name  string
 		basic bool
-		cred  credentials
+		host  string // "": the registry
+		login string // in Docker's config.json
 		err   string
 	}{
-		{name: "token", cred: credentials{Username: "me", Password: "secret"}},
-		{name: "identity token", cred: credentials{IdentityToken: "identity"}},
-		{name: "registry token", cred: credentials{RegistryToken: "letmein"}},
-		{name: "basic", basic: true, cred: credentials{Username: "me", Password: "secret"}},
-		{name: "wrong password", cred: credentials{Username: "me", Password: "wrong"}, err: "does not give access"},
-		{name: "anonymous", basic: true, err: "does not give access"},
+		{name: "token", login: me},
+		{name: "identity token", login: `{"identitytoken":"identity"}`},
+		{name: "registry token", login: `{"registrytoken":"letmein"}`},
+		{name: "basic", basic: true, login: me},
+		{name: "wrong password", login: wrong, err: "does not give access"},
+		{name: "wrong password, basic", basic: true, login: wrong, err: "does not give access"},
+		{name: "no login", login: `{}`, err: "does not give access"},
+		{name: "no login, basic", basic: true, login: `{}`, err: "does not give access"},
+		{name: "login of another host", basic: true, host: "localhost", login: me, err: "does not give access"},
+		{name: "login of another port", basic: true, host: "127.0.0.1:1", login: me, err: "does not give access"},
+		{name: "login of the host without its port", basic: true, host: "127.0.0.1", login: me, err: "does not give access"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			basic, leaked = tt.basic, nil
-			c := newRegistryClient()
-			c.auth = func(_ context.Context, h string) (credentials, error) {
-				if h != host(registry) {
-					t.Errorf("credentials asked for %q", h)
-				}
-				return tt.cred, nil
+			if tt.host == "" {
+				tt.host = host(registry)
 			}
-			_, _, err := pull(t, &Source{client: c}, ref(t, host(registry)+"/r/i:t"))
+			userConfig(t, fmt.Sprintf(`{"auths":{%q:%s}}`, tt.host, tt.login))
+			_, _, err := pull(t, &Source{keychain: authn.DefaultKeychain}, ref(t, host(registry)+"/r/i:t"))
 			if tt.err == "" && err != nil {
 				t.Error(err)
 			} else if tt.err != "" {
@@ -386,7 +593,175 @@ func TestRegistryLogin(t *testing.T) {
 	}
 }
 
-func TestLoopback(t *testing.T) {
+// logins is a keychain with one login for every registry.
+type logins authn.AuthConfig
+
+func (l logins) Resolve(authn.Resource) (authn.Authenticator, error) {
+	return authn.FromConfig(authn.AuthConfig(l)), nil
+}
+
+// TestRegistryTLS has hosts of the network played by one TLS server, and looks
+// at what each of them gets to see.
+func TestRegistryTLS(t *testing.T) {
+	im := newTestImage(t)
+	var renewed atomic.Int32
+	const realm = `Bearer realm="https://auth.example.com/token"`
+	is := func(r *http.Request, what string) bool { return strings.Contains(r.URL.Path, what) }
+	for _, tt := range []struct {
+		name  string
+		login logins
+		serve func(w http.ResponseWriter, r *http.Request) bool // false: as an honest one
+		seen  []string                                          // credentials, by host
+		err   string
+	}{
+		{name: "anonymous", seen: []string{"registry.example.com Bearer letmein"}},
+		{name: "password", login: logins{Username: "me", Password: "secret"},
+			seen: []string{"auth.example.com Basic bWU6c2VjcmV0", "registry.example.com Bearer letmein"}},
+		{name: "identity token", login: logins{IdentityToken: "identity"},
+			seen: []string{"auth.example.com identity", "registry.example.com Bearer letmein"}},
+		{name: "token server redirects a password", login: logins{Username: "me", Password: "secret"}, serve: func(w http.ResponseWriter, r *http.Request) bool {
+			if r.Host == "auth.example.com" {
+				http.Redirect(w, r, "https://evil.example.com/token", http.StatusTemporaryRedirect)
+				return true
+			}
+			return false
+		}, seen: []string{"auth.example.com Basic bWU6c2VjcmV0"}, err: "redirect of a login"},
+		{name: "token server redirects", serve: func(w http.ResponseWriter, r *http.Request) bool {
+			if r.Host == "auth.example.com" {
+				http.Redirect(w, r, "https://other.example.com/token", http.StatusTemporaryRedirect)
+				return true
+			}
+			return false
+		}, seen: []string{"registry.example.com Bearer letmein"}},
+		{name: "token that expired is renewed at a server that redirects an identity token", login: logins{IdentityToken: "identity"}, serve: func(w http.ResponseWriter, r *http.Request) bool {
+			if r.Host == "auth.example.com" && renewed.Add(1) > 1 {
+				http.Redirect(w, r, "https://evil.example.com/token", http.StatusTemporaryRedirect)
+				return true
+			}
+			if is(r, "/blobs/") {
+				w.Header().Set("WWW-Authenticate", realm)
+				w.WriteHeader(401)
+				return true
+			}
+			return false
+		}, seen: []string{"auth.example.com identity", "registry.example.com Bearer letmein"}, err: "redirect of a login"},
+		{name: "token server redirects an identity token", login: logins{IdentityToken: "identity"}, serve: func(w http.ResponseWriter, r *http.Request) bool {
+			if r.Host == "auth.example.com" {
+				http.Redirect(w, r, "https://evil.example.com/token", http.StatusTemporaryRedirect)
+				return true
+			}
+			return false
+		}, seen: []string{"auth.example.com identity"}, err: `redirect of a login to "https://evil.example.com", another host`},
+		{name: "token server redirects an identity token to another port", login: logins{IdentityToken: "identity"}, serve: func(w http.ResponseWriter, r *http.Request) bool {
+			if r.Host == "auth.example.com" {
+				http.Redirect(w, r, "https://auth.example.com:444/token", http.StatusPermanentRedirect)
+				return true
+			}
+			return false
+		}, seen: []string{"auth.example.com identity"}, err: "another host"},
+		{name: "first answer redirects", login: logins{Username: "me", Password: "secret"}, serve: func(w http.ResponseWriter, r *http.Request) bool {
+			if r.Host == "registry.example.com" && r.URL.Path == "/v2/" {
+				http.Redirect(w, r, "https://evil.example.com/v2/", http.StatusTemporaryRedirect)
+				return true
+			}
+			if r.Host == "evil.example.com" {
+				w.Header().Set("WWW-Authenticate", `Basic realm="x"`)
+				w.WriteHeader(401)
+				return true
+			}
+			return false
+		}, err: `redirect of a login to "https://evil.example.com", another host`},
+		{name: "layer redirects to another host, which wants a password", login: logins{Username: "me", Password: "secret"}, serve: func(w http.ResponseWriter, r *http.Request) bool {
+			if r.Host == "blobs.example.com" {
+				w.Header().Set("WWW-Authenticate", `Basic realm="x"`)
+				w.WriteHeader(401)
+				return true
+			}
+			return false
+		}, seen: []string{"auth.example.com Basic bWU6c2VjcmV0", "registry.example.com Bearer letmein"}, err: "does not give access"},
+		{name: "layer redirects to plain http", serve: func(w http.ResponseWriter, r *http.Request) bool {
+			if is(r, "/blobs/") {
+				http.Redirect(w, r, "http://blobs.example.com/x", http.StatusTemporaryRedirect)
+			}
+			return is(r, "/blobs/")
+		}, seen: []string{"registry.example.com Bearer letmein"}, err: `redirect to "http://blobs.example.com", which is not https`},
+		{name: "layer redirects to plain http on loopback", serve: func(w http.ResponseWriter, r *http.Request) bool {
+			if is(r, "/blobs/") {
+				http.Redirect(w, r, "http://127.0.0.1/x", http.StatusTemporaryRedirect)
+			}
+			return is(r, "/blobs/")
+		}, seen: []string{"registry.example.com Bearer letmein"}, err: "which is not https"},
+		{name: "layer redirects to this machine", serve: func(w http.ResponseWriter, r *http.Request) bool {
+			if is(r, "/blobs/") {
+				http.Redirect(w, r, "https://localhost:8443/x", http.StatusTemporaryRedirect)
+			}
+			return is(r, "/blobs/")
+		}, seen: []string{"registry.example.com Bearer letmein"}, err: `"https://localhost:8443", which is this machine`},
+		{name: "token server on this machine", login: logins{Username: "me", Password: "secret"}, serve: func(w http.ResponseWriter, r *http.Request) bool {
+			w.Header().Set("WWW-Authenticate", `Bearer realm="https://localhost/token"`)
+			w.WriteHeader(401)
+			return true
+		}, err: "which is this machine"},
+		{name: "token server in plain http", login: logins{Username: "me", Password: "secret"}, serve: func(w http.ResponseWriter, r *http.Request) bool {
+			w.Header().Set("WWW-Authenticate", `Bearer realm="http://auth.example.com/token"`)
+			w.WriteHeader(401)
+			return true
+		}, err: "use https"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			var mu sync.Mutex
+			var seen []string
+			srv := httptest.NewTLSServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+				mu.Lock()
+				for _, s := range []string{r.Header.Get("Authorization"), r.FormValue("refresh_token")} {
+					if s = r.Host + " " + s; !strings.HasSuffix(s, " ") && !slices.Contains(seen, s) {
+						seen = append(seen, s)
+					}
+				}
+				mu.Unlock()
+				switch {
+				case tt.serve != nil && tt.serve(w, r):
+				case r.URL.Path == "/token":
+					_, _ = io.WriteString(w, `{"token":"letmein"}`)
+				case r.Host == "registry.example.com" && r.Header.Get("Authorization") != "Bearer letmein":
+					w.Header().Set("WWW-Authenticate", realm)
+					w.WriteHeader(401)
+				case r.Host == "registry.example.com" && is(r, "/blobs/"):
+					http.Redirect(w, r, "https://blobs.example.com"+r.URL.Path, http.StatusTemporaryRedirect)
+				default:
+					im.serve(w, r)
+				}
+			}))
+			defer srv.Close()
+			network := newTransport()
+			network.Proxy = nil
+			network.TLSClientConfig = srv.Client().Transport.(*http.Transport).TLSClientConfig
+			network.DialContext = func(ctx context.Context, _, _ string) (net.Conn, error) {
+				return (&net.Dialer{}).DialContext(ctx, "tcp", srv.Listener.Addr().String())
+			}
+			s := &Source{transport: network}
+			if tt.login != (logins{}) {
+				s.keychain = tt.login
+			}
+			_, _, err := pull(t, s, ref(t, "registry.example.com/r/i:t"))
+			if e, ok := errors.AsType[*banger.Error](err); tt.err == "" && err != nil || tt.err != "" && (!ok || !strings.Contains(e.Message, tt.err)) {
+				t.Errorf("error %v, want %q", err, tt.err)
+			}
+			slices.Sort(seen)
+			if !slices.Equal(seen, tt.seen) {
+				t.Errorf("credentials seen: %q, want %q", seen, tt.seen)
+			}
+		})
+	}
+}
+
+// roundTrip is a transport without a network.
+type roundTrip func(*http.Request) (*http.Response, error)
+
+func (f roundTrip) RoundTrip(r *http.Request) (*http.Response, error) { return f(r) }
+
+// TestRegistryHosts looks at which hosts are asked how.
+func TestRegistryHosts(t *testing.T) {
 	for h, want := range map[string]bool{
 		"localhost": true, "localhost:5000": true, "127.0.0.1": true, "127.9.9.9:5000": true, "[::1]": true, "[::1]:5000": true, "::1": true,
 		"128.0.0.1": false, "localhost.example.com": false, "127.0.0.1.example.com": false, "0.0.0.0": false, "10.0.0.1:5000": false, "docker.io": false, "[::2]:5000": false,
@@ -395,53 +770,218 @@ func TestLoopback(t *testing.T) {
 			t.Errorf("isLoopback(%q) = %v", h, !want)
 		}
 	}
-	for r, want := range map[string]string{"127.0.0.1:5000/x": "http://127.0.0.1:5000", "10.0.0.1:5000/x": "https://10.0.0.1:5000", "debian": "https://registry-1.docker.io", "[::1]:5000/x": "http://[::1]:5000"} {
-		if got := (&Source{}).remote(ref(t, r)).base; got != want {
-			t.Errorf("%s is asked at %s, want %s", r, got, want)
+	refused := &net.OpError{Op: "dial", Err: syscall.ECONNREFUSED}
+	for r, want := range map[string]string{
+		"127.0.0.1:5000/x": "http://127.0.0.1:5000/v2/", "127.0.0.2:5000/x": "http://127.0.0.2:5000/v2/", "[::1]:5000/x": "http://[::1]:5000/v2/",
+		"localhost/x": "http://localhost/v2/", "localhost:5000/x": "http://localhost:5000/v2/",
+		"10.0.0.1:5000/x": "https://10.0.0.1:5000/v2/", "192.168.1.1/x": "https://192.168.1.1/v2/", "r.localhost:5000/x": "https://r.localhost:5000/v2/", "r.local/x": "https://r.local/v2/",
+		"debian": "https://index.docker.io/v2/", "docker.io/a/b": "https://index.docker.io/v2/", "ghcr.io/x": "https://ghcr.io/v2/",
+	} {
+		var mu sync.Mutex
+		var asked []string
+		s := &Source{transport: roundTrip(func(req *http.Request) (*http.Response, error) {
+			mu.Lock()
+			defer mu.Unlock()
+			asked = append(asked, req.URL.String())
+			return nil, refused
+		})}
+		_, _, err := pull(t, s, ref(t, r))
+		wantError(t, r, err, banger.CodeUnavailable, "registry "+ref(t, r).Host+": connection refused")
+		if !slices.Equal(asked, []string{want}) {
+			t.Errorf("%s is asked at %q, want %s", r, asked, want)
 		}
 	}
 }
 
-func TestChallenge(t *testing.T) {
-	for s, want := range map[string]string{
-		`Bearer realm="https://a/b?c=d,e",service=x , scope="a:b:pull,push"`: `bearer map[realm:https://a/b?c=d,e scope:a:b:pull,push service:x]`,
-		`BASIC`:                       `basic map[]`,
-		`Bearer realm="a\"b",realm=c`: `bearer map[realm:a"b]`,
-		`Bearer realm="open`:          `bearer map[realm:open]`,
-		``:                            ` map[]`,
-		`Bearer ,,=,=`:                `bearer map[:]`,
+// TestRegistryUnreachable has a network with one thing wrong at a time.
+func TestRegistryUnreachable(t *testing.T) {
+	for _, tt := range []struct {
+		name  string
+		err   error
+		want  string
+		tries int
+	}{
+		{"refused", &net.OpError{Op: "dial", Err: syscall.ECONNREFUSED}, "connection refused", 1},
+		{"no such host", &net.DNSError{IsNotFound: true}, "name not resolved", 1},
+		{"name server silent", &net.DNSError{IsTimeout: true}, "no answer from the name server", requestTries},
+		{"no route", &net.OpError{Op: "dial", Err: syscall.EHOSTUNREACH}, "not reachable", 1},
+		{"reset", &net.OpError{Op: "read", Err: syscall.ECONNRESET}, "connection reset", requestTries},
+		{"closed", io.ErrUnexpectedEOF, "connection closed in the middle of an answer", requestTries},
+		{"silent", os.ErrDeadlineExceeded, "no answer in time", requestTries},
+		{"certificate", &tls.CertificateVerificationError{Err: x509.UnknownAuthorityError{}}, "its certificate is not trusted", 1},
+		{"no TLS", tls.RecordHeaderError{Msg: "first record does not look like a TLS handshake"}, "it does not speak TLS", 1},
+		{"of many lines", errors.New("a\x1b[2J\nsecond"), "a?[2J", 1},
 	} {
-		scheme, params := parseChallenge(s)
-		if got := fmt.Sprint(scheme, " ", params); got != want {
-			t.Errorf("%q: %s, want %s", s, got, want)
+		for _, host := range []string{"registry.example.com", "10.0.0.1:5000", "127.0.0.1:5000"} {
+			synctest.Test(t, func(t *testing.T) {
+				tries := 0
+				s := &Source{transport: roundTrip(func(*http.Request) (*http.Response, error) {
+					tries++
+					return nil, tt.err
+				})}
+				_, _, err := pull(t, s, ref(t, host+"/r/i:t"))
+				wantError(t, tt.name, err, banger.CodeUnavailable, "registry "+host+": "+tt.want)
+				if e, ok := errors.AsType[*banger.Error](err); ok && e.Hint == "" {
+					t.Errorf("%s: no hint", tt.name)
+				}
+				if !errors.Is(err, tt.err) && tt.name != "certificate" {
+					t.Errorf("%s: the cause is lost", tt.name)
+				}
+				if tries != tt.tries {
+					t.Errorf("%s: tried %d times at %s, want %d", tt.name, tries, host, tt.tries)
+				}
+			})
 		}
 	}
 }
 
-func TestCredentials(t *testing.T) {
-	tmp := t.TempDir()
-	for _, k := range []string{"HOME", "XDG_RUNTIME_DIR", "XDG_CONFIG_HOME", "REGISTRY_AUTH_FILE", "DOCKER_CONFIG"} {
-		t.Setenv(k, "")
+// stuckBody gives no byte and no end.
+type stuckBody struct{ ctx context.Context }
+
+func (b stuckBody) Read([]byte) (int, error) { <-b.ctx.Done(); return 0, b.ctx.Err() }
+func (b stuckBody) Close() error             { return nil }
+
+// stuckKeychain is a credential helper that waits for someone.
+type stuckKeychain chan struct{}
+
+func (k stuckKeychain) Resolve(authn.Resource) (authn.Authenticator, error) {
+	<-k
+	return authn.Anonymous, nil
+}
+
+// TestRegistryStuck runs on a clock of its own.
+func TestRegistryStuck(t *testing.T) {
+	answer := func(req *http.Request, stuckAt string) *http.Response {
+		resp := &http.Response{StatusCode: 200, Header: http.Header{}, Request: req, ContentLength: -1, Body: http.NoBody}
+		if strings.HasSuffix(req.URL.Path, stuckAt) {
+			resp.Body = stuckBody{req.Context()}
+		}
+		return resp
 	}
-	t.Setenv("DOCKER_CONFIG", tmp)
-	t.Setenv("PATH", tmp+":"+os.Getenv("PATH"))
-	script := "#!/bin/sh\nread s\ncase $s in\nghcr.io) echo '{\"Username\":\"<token>\",\"Secret\":\"idt\"}';;\nquay.io) echo 'credentials not found in native keychain'; exit 1;;\n*) echo boom; exit 1;;\nesac\n"
-	if err := os.WriteFile(filepath.Join(tmp, "docker-credential-test"), []byte(script), 0o755); err != nil {
-		t.Fatal(err)
-	}
-	config := `{"auths":{"https://index.docker.io/v1/":{"auth":"bWU6cGE6c3M="},"r.example:5000":{"username":"u","password":"p"},"bad.example":{"auth":"*"}},
-		"credHelpers":{"ghcr.io":"test","quay.io":"test","broken.example":"test","evil.example":"../x"}}`
-	for host, want := range map[string]string{
-		"docker.io": "{me pa:ss  } <nil>", "r.example:5000": "{u p  } <nil>", "other.example": "{   } <nil>", "ghcr.io": "{  idt } <nil>", "quay.io": "{   } <nil>",
-		"bad.example": "{   } login of \"bad.example\" is damaged", "broken.example": "{   } credential helper docker-credential-test: exit status 1", "evil.example": "{   } credential helper \"../x\": not a name",
+	for _, tt := range []struct {
+		name  string
+		at    string
+		helps bool // an answer comes
+		want  string
+		after time.Duration
+	}{
+		{"manifest stops", "/manifests/t", true, "no byte for 1m0s", stallTimeout},
+		{"request is not answered", "/manifests/t", false, "no byte for 1m0s", stallTimeout},
+		{"login is not answered", "/v2/", false, "no answer in time", requestTries*handshakeTimeout + 4*firstRetryDelay},
 	} {
-		if err := os.WriteFile(filepath.Join(tmp, "config.json"), []byte(config), 0o600); err != nil {
-			t.Fatal(err)
-		}
-		c, err := lookupCredentials(t.Context(), host)
-		if got := fmt.Sprint(c, " ", err); got != want {
-			t.Errorf("%s: %s, want %s", host, got, want)
-		}
+		t.Run(tt.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				s := &Source{transport: roundTrip(func(req *http.Request) (*http.Response, error) {
+					if !tt.helps && strings.HasSuffix(req.URL.Path, tt.at) {
+						<-req.Context().Done()
+						return nil, req.Context().Err()
+					}
+					return answer(req, tt.at), nil
+				})}
+				start := time.Now()
+				_, _, err := pull(t, s, ref(t, "registry.example.com/r/i:t"))
+				wantError(t, tt.name, err, banger.CodeUnavailable, tt.want)
+				if d := time.Since(start); d != tt.after {
+					t.Errorf("after %s, want %s", d, tt.after)
+				}
+			})
+		})
+	}
+	t.Run("helper", func(t *testing.T) {
+		synctest.Test(t, func(t *testing.T) {
+			k := make(stuckKeychain)
+			defer close(k)
+			start := time.Now()
+			_, _, err := pull(t, &Source{keychain: k}, ref(t, "registry.example.com/r/i:t"))
+			wantError(t, "helper", err, banger.CodeUnavailable, "login for registry.example.com: no answer from the credential helper")
+			if d := time.Since(start); d != helperTimeout {
+				t.Errorf("after %s", d)
+			}
+		})
+	})
+	t.Run("canceled", func(t *testing.T) {
+		synctest.Test(t, func(t *testing.T) {
+			k := make(stuckKeychain)
+			defer close(k)
+			s := &Source{keychain: k}
+			done := 0
+			resolve := func() context.CancelFunc {
+				ctx, cancel := context.WithCancel(t.Context())
+				go func() {
+					_, err := s.Resolve(ctx, ref(t, "registry.example.com/r/i:t"))
+					wantError(t, "canceled", err, banger.CodeCanceled, "context canceled")
+					done++
+				}()
+				synctest.Wait()
+				return cancel
+			}
+			first, second := resolve(), resolve() // one waits for the helper, one for the other
+			for i, cancel := range []context.CancelFunc{second, first} {
+				cancel()
+				synctest.Wait()
+				if done != i+1 {
+					t.Fatalf("%d have ended, want %d", done, i+1)
+				}
+			}
+			if len(s.repositories["registry.example.com/r/i"].turn) != 0 {
+				t.Error("the turn is still held")
+			}
+		})
+	})
+}
+
+// TestKeychain reads logins where docker login leaves them.
+func TestKeychain(t *testing.T) {
+	config := `{"auths":{"https://index.docker.io/v1/":{"auth":"bWU6cGE6c3M="},"r.example:5000":{"auth":"dTpw"}},
+		"credHelpers":{"ghcr.io":"test","quay.io":"test","broken.example":"test","none.example":"not-installed"}}`
+	script := "#!/bin/sh\nread s\ncase $s in\nghcr.io) echo '{\"Username\":\"<token>\",\"Secret\":\"idt\"}';;\n" +
+		"quay.io) echo 'credentials not found in native keychain'; exit 1;;\n*) printf 'boom\\nmore\\n'; exit 1;;\nesac\n"
+	for _, tt := range []struct{ name, host, config, want, err string }{
+		{name: "Docker Hub", host: "docker.io", config: config, want: "me pa:ss "},
+		{name: "host with a port", host: "r.example:5000", config: config, want: "u p "},
+		{name: "host without that port", host: "r.example", config: config, want: "  "},
+		{name: "another host", host: "other.example", config: config, want: "  "},
+		{name: "helper with an identity token", host: "ghcr.io", config: config, want: "  idt"},
+		{name: "helper that has none", host: "quay.io", config: config, want: "  "},
+		{name: "no configuration", host: "other.example", want: "  "},
+		{name: "helper that fails", host: "broken.example", config: config, err: "login for broken.example: error getting credentials - err: exit status 1, out: `boom"},
+		{name: "helper that is not there", host: "none.example", config: config, err: "login for none.example: "},
+		{name: "configuration that is no JSON", host: "other.example", config: "{", err: "login for other.example: "},
+		{name: "login that is damaged", host: "other.example", config: `{"auths":{"other.example":{"auth":"*"}}}`, err: "login for other.example: "},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			d := userConfig(t, tt.config)
+			t.Setenv("PATH", d+":"+os.Getenv("PATH"))
+			if err := os.WriteFile(filepath.Join(d, "docker-credential-test"), []byte(script), 0o755); err != nil {
+				t.Fatal(err)
+			}
+			r, err := (&Source{}).remote(ref(t, tt.host+"/r/i"))
+			if err != nil {
+				t.Fatal(err)
+			}
+			login, err := r.findLogin(t.Context())
+			if tt.err != "" {
+				if err == nil {
+					t.Fatal("no error")
+				}
+				err, temporary := r.explain(err)
+				wantError(t, tt.name, err, banger.CodeUnavailable, tt.err)
+				if temporary {
+					t.Error("it would be tried again")
+				}
+				return
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+			c, err := login.Authorization()
+			if err != nil {
+				t.Fatal(err)
+			}
+			if got := c.Username + " " + c.Password + " " + c.IdentityToken; got != tt.want {
+				t.Errorf("login %q, want %q", got, tt.want)
+			}
+		})
 	}
 }
 
