@@ -255,7 +255,7 @@ func TestOverlayfs(t *testing.T) {
 					d, b := filepath.Split(p)
 					switch {
 					case b == ".wh..wh..opq":
-						fmt.Fprintf(&script, "mkdir -p %s; setfattr -n trusted.overlay.opaque -v y %s\n", d, d)
+						fmt.Fprintf(&script, "(umask 022; mkdir -p %s); setfattr -n trusted.overlay.opaque -v y %s\n", d, d)
 					case strings.HasPrefix(b, ".wh."):
 						fmt.Fprintf(&script, "mknod %s%s c 0 0\n", d, b[4:])
 					case e.typ == '5':
