@@ -26,8 +26,8 @@ const (
 	modulesVar = "BANGER_TEST_MODULES_DIR" // its lib/modules/VERSION folder
 )
 
-// guestModules is what the kernel may have as modules, in the order of their
-// dependencies.
+// guestModules is what the kernel may have as modules; the guest finds the
+// order.
 var guestModules = []string{"virtio", "virtio_ring", "virtio_mmio", "virtio_blk", "virtio_console", "rng-core", "virtio-rng"}
 
 // need skips the test when something of the machine is missing, but not where

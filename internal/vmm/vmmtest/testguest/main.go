@@ -55,21 +55,34 @@ func fatal(what string, err error) {
 	powerCommand(unix.LINUX_REBOOT_CMD_POWER_OFF)
 }
 
+// loadModules loads all modules of a folder. Which needs which differs between
+// kernels, so those that lack another (ENOENT) are tried again after it.
 func loadModules(folder string) error {
 	names, err := filepath.Glob(folder + "/*.ko")
 	if err != nil {
 		return err
 	}
-	for _, name := range names {
-		f, err := os.Open(name)
-		if err != nil {
-			return err
+	for len(names) > 0 {
+		var again []string
+		for _, name := range names {
+			f, err := os.Open(name)
+			if err != nil {
+				return err
+			}
+			err = unix.FinitModule(int(f.Fd()), "", 0)
+			f.Close()
+			switch {
+			case err == nil, errors.Is(err, unix.EEXIST):
+			case errors.Is(err, unix.ENOENT):
+				again = append(again, name)
+			default:
+				return fmt.Errorf("%s: %w", name, err)
+			}
 		}
-		err = unix.FinitModule(int(f.Fd()), "", 0)
-		f.Close()
-		if err != nil && !errors.Is(err, unix.EEXIST) {
-			return fmt.Errorf("%s: %w", name, err)
+		if len(again) == len(names) {
+			return fmt.Errorf("%s: %w", again[0], unix.ENOENT)
 		}
+		names = again
 	}
 	return nil
 }
