@@ -181,6 +181,9 @@ func TestScripts(t *testing.T) {
 			env.Setenv("REGISTRY", world.registry.addr)
 			env.Setenv("LAYOUT", world.layout)
 			env.Setenv("BIN", world.bin)
+			for _, name := range []string{"BANGER_TEST_VMLINUZ", "BANGER_TEST_MODULES_DIR"} {
+				env.Setenv(name, os.Getenv(name))
+			}
 			env.Setenv("PATH", world.bin+string(os.PathListSeparator)+env.Getenv("PATH"))
 			return nil
 		},
@@ -191,8 +194,11 @@ func TestScripts(t *testing.T) {
 			"same-digest":  sameDigest,
 		},
 		Condition: func(cond string) (bool, error) {
-			if cond == "root" {
+			switch cond {
+			case "root":
 				return os.Geteuid() == 0, nil
+			case "kernel":
+				return os.Getenv("BANGER_TEST_VMLINUZ") != "" && os.Getenv("BANGER_TEST_MODULES_DIR") != "", nil
 			}
 			return false, fmt.Errorf("unknown condition %q", cond)
 		},
