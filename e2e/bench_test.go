@@ -116,7 +116,7 @@ func compareBuild(t *testing.T) {
 	}
 	tarball := filepath.Join(cache, "bench.tar")
 	if _, err := os.Stat(tarball); err != nil {
-		out, err := exec.Command("mmdebstrap", "--quiet", "--variant=minbase",
+		out, err := exec.Command("mmdebstrap", "--quiet", "--mode=unshare", "--variant=minbase", "--format=tar",
 			"--include=systemd-sysv,dbus,udev,openssh-server,git,perl,python3,man-db,curl", "bookworm", tarball+".tmp").CombinedOutput()
 		if err != nil {
 			t.Fatalf("mmdebstrap: %v\n%s", err, out)

@@ -155,6 +155,12 @@ var stepOf = map[banger.Stage]string{
 
 // checkSpec refuses what this host cannot give, before anything is fetched.
 func checkSpec(s banger.Spec) error {
+	if s.CPUs < 0 {
+		return banger.Errorf(banger.CodeUsage, "cpus: %d is no number of CPUs", s.CPUs)
+	}
+	if s.MemoryBytes < 0 {
+		return banger.Errorf(banger.CodeUsage, "memory: %d bytes is no size", s.MemoryBytes)
+	}
 	var si unix.Sysinfo_t
 	if err := unix.Sysinfo(&si); err != nil {
 		return fmt.Errorf("host memory: %w", err)

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"os"
 	"strings"
+	"syscall"
 	"time"
 
 	"banger"
@@ -32,6 +33,7 @@ const builder = "banger base image, version 1"
 const (
 	minBaseBytes  = 1 << 30
 	baseStepBytes = 64 << 20
+	maxBaseBytes  = 1 << 40 // what may be asked for; it costs room in every base
 )
 
 // epoch stands in for the time of what an image says nothing about, so that
@@ -59,7 +61,10 @@ type Built struct {
 // system. It neither fsyncs nor closes out; when it fails what is in out is
 // worthless.
 func Build(ctx context.Context, img *oci.Image, out *os.File, opts BuildOptions) (*Built, error) {
-	w, err := ext4.NewWriter(out, ext4.Options{})
+	if n := opts.SizeBytes; n != 0 && (n < ext4.MinImageBytes || n > maxBaseBytes) {
+		return nil, banger.Errorf(banger.CodeUsage, "size: %d bytes, it is from %d MiB to %d GiB", n, ext4.MinImageBytes>>20, int64(maxBaseBytes>>30))
+	}
+	w, err := ext4.NewWriter(out, ext4.Options{MaxSizeBytes: maxBaseBytes})
 	if err != nil {
 		return nil, err
 	}
@@ -136,10 +141,20 @@ func addTree(ctx context.Context, w *ext4.Writer, tree *oci.Tree[*ext4.Content],
 				Target: n.Target, Major: n.Major, Minor: n.Minor,
 				Xattrs: n.Xattrs, Content: n.Content,
 			}
-			linked[n] = inode
+			if n.Nlink > 1 {
+				linked[n] = inode
+			}
 		}
 		b.Entries++
-		return w.Add(strings.TrimPrefix(path, "/"), inode)
+		err := w.Add(strings.TrimPrefix(path, "/"), inode)
+		if err == nil {
+			return nil
+		}
+		if _, ok := errors.AsType[syscall.Errno](err); ok {
+			return err // of the file that is written
+		}
+		// What an image may say and ext4 cannot hold.
+		return banger.Errorf(banger.CodeInvalid, "image %q: entry %w", b.Image.Name, err)
 	})
 }
 

@@ -12,8 +12,7 @@ import (
 
 // Guest files are what every base image holds so that it also comes up under
 // another VMM, kernel and boot path. In banger's own boot the agent of the
-// initramfs is already running, and the unit's condition makes this one stand
-// down.
+// initramfs is already running, and this one ends when it finds it.
 //
 //go:embed guestfiles
 var guestFiles embed.FS

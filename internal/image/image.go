@@ -124,9 +124,11 @@ func (im *Images) load(id, name string) (*Image, error) {
 	if r.Digest != "" {
 		image.Digest = &r.Digest
 	}
-	if n, err := hex.Decode(image.UUID[:], []byte(r.UUID)); err != nil || n != len(image.UUID) {
+	uuid, err := hex.DecodeString(r.UUID)
+	if err != nil || len(uuid) != len(image.UUID) {
 		return nil, fmt.Errorf("image %q: record: %q is no UUID", name, r.UUID)
 	}
+	copy(image.UUID[:], uuid)
 	var st syscall.Stat_t
 	if err := syscall.Stat(image.Rootfs, &st); err != nil {
 		return nil, fmt.Errorf("image %q: base image %s: %w", name, image.Rootfs, err)
@@ -255,8 +257,11 @@ func (im *Images) Pull(ctx context.Context, src *oci.Source, ref oci.Reference, 
 	return image, err
 }
 
-// blobsOf lists the digests of an image's layers.
+// blobsOf lists the digests of an image's manifest and layers.
 func blobsOf(img *oci.Image) (digests []string) {
+	if img.Digest != "" {
+		digests = append(digests, img.Digest)
+	}
 	for _, l := range img.Layers {
 		digests = append(digests, l.Digest)
 	}
@@ -266,13 +271,17 @@ func blobsOf(img *oci.Image) (digests []string) {
 // idOf is the folder's name of an identity.
 func idOf(identity [32]byte) string { return hex.EncodeToString(identity[:6]) }
 
-// name points a name at an image.
+// name points a name at an image. One that is not whole gets none: every list
+// would fail at it.
 func (im *Images) name(ctx context.Context, name, id string) (*Image, error) {
-	err := im.changeNames(ctx, func(n names) error { n.Names[name] = id; return nil })
+	image, err := im.load(id, name)
 	if err != nil {
 		return nil, err
 	}
-	return im.load(id, name)
+	if err := im.changeNames(ctx, func(n names) error { n.Names[name] = id; return nil }); err != nil {
+		return nil, err
+	}
+	return image, nil
 }
 
 func (im *Images) ensureNames(ctx context.Context) error {
@@ -297,22 +306,58 @@ func (im *Images) changeNames(ctx context.Context, change func(names) error) err
 }
 
 // Hold keeps an image from being removed until release is called or the
-// process ends.
+// process ends. One that is being removed is CodeConflict, one that is gone
+// CodeNotFound.
 func (im *Images) Hold(image *Image) (release func(), err error) {
-	f, err := os.Open(im.s.Image(image.ID))
+	dir := im.s.Image(image.ID)
+	f, err := os.Open(dir)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, banger.Errorf(banger.CodeNotFound, "image %q: it was removed", image.Name)
+	}
 	if err != nil {
 		return nil, err
 	}
-	if err := syscall.Flock(int(f.Fd()), syscall.LOCK_SH|syscall.LOCK_NB); err != nil {
+	if err := lockFolder(f, dir, image.Name); err != nil {
 		f.Close()
-		return nil, banger.Errorf(banger.CodeConflict, "image %q: it is being removed", image.Name)
+		return nil, err
 	}
 	return func() { f.Close() }, nil
 }
 
+// lockFolder takes the shared lock of an image's folder, which was opened as
+// dir and must still be what is there: between the opening and the lock it may
+// have gone to the trash.
+func lockFolder(f *os.File, dir, name string) error {
+	if err := syscall.Flock(int(f.Fd()), syscall.LOCK_SH|syscall.LOCK_NB); err != nil {
+		return banger.Errorf(banger.CodeConflict, "image %q: it is being removed", name)
+	}
+	opened, err := f.Stat()
+	if err != nil {
+		return err
+	}
+	now, err := os.Lstat(dir)
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	if err != nil || !os.SameFile(opened, now) {
+		return banger.Errorf(banger.CodeNotFound, "image %q: it was removed", name)
+	}
+	return nil
+}
+
 // Remove takes the name away and, when it was the last one, the base and the
-// blobs that nothing else needs. An image that a VM holds is CodeConflict.
+// blobs that nothing else needs. An image that a VM holds is CodeConflict. It
+// waits for a pull that is under way, which may be about to name this very
+// base, and whose blobs are not yet anyone's.
 func (im *Images) Remove(ctx context.Context, name string) error {
+	if _, err := im.Find(name); err != nil {
+		return err // no reason to wait
+	}
+	unlock, err := im.s.Lock(ctx, "build")
+	if err != nil {
+		return err
+	}
+	defer unlock()
 	image, err := im.Find(name)
 	if err != nil {
 		return err
@@ -345,17 +390,12 @@ func (im *Images) Remove(ctx context.Context, name string) error {
 	if err := im.s.Remove(im.s.Image(image.ID)); err != nil {
 		return err
 	}
-	return im.collectBlobs(ctx)
+	return im.collectBlobs()
 }
 
-// collectBlobs removes the blobs that no image was made from. It waits for a
-// pull that is under way, whose blobs are not yet anyone's.
-func (im *Images) collectBlobs(ctx context.Context) error {
-	unlock, err := im.s.Lock(ctx, "build")
-	if err != nil {
-		return err
-	}
-	defer unlock()
+// collectBlobs removes the blobs that no image was made from. The caller has
+// the build lock.
+func (im *Images) collectBlobs() error {
 	entries, err := os.ReadDir(im.s.Images())
 	if err != nil {
 		return err
