@@ -257,11 +257,9 @@ func (im *Images) Pull(ctx context.Context, src *oci.Source, ref oci.Reference, 
 	return image, err
 }
 
-// blobsOf lists the digests of an image's manifest and layers.
-func blobsOf(img *oci.Image) (digests []string) {
-	if img.Digest != "" {
-		digests = append(digests, img.Digest)
-	}
+// blobsOf lists the digests of all that an image was made from.
+func blobsOf(img *oci.Image) []string {
+	digests := slices.Clone(img.Documents)
 	for _, l := range img.Layers {
 		digests = append(digests, l.Digest)
 	}

@@ -320,6 +320,7 @@ func (s *Source) pin(ctx context.Context, img *Image, docs documents, raw []byte
 		if doc, err = parseDocument(raw, mediaType); err != nil {
 			return err
 		}
+		img.Documents = append(img.Documents, sum(raw))
 		if !doc.index {
 			break
 		}
@@ -361,6 +362,7 @@ func (s *Source) pin(ctx context.Context, img *Image, docs documents, raw []byte
 	if err != nil {
 		return err
 	}
+	img.Documents = append(img.Documents, doc.config.Digest)
 	img.from = docs
 	return fillImage(img, doc, rawConfig, want)
 }

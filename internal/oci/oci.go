@@ -114,6 +114,9 @@ type Image struct {
 	Config    banger.ImageConfig
 	Platform  string
 	Layers    []Layer // lowest first; empty for rootfs: and apt:
+	// Documents are the digests of what led to the layers: indexes, manifest,
+	// config. With those of the layers they are all blobs of the image.
+	Documents []string
 
 	source *Source
 	from   blobSource        // of layers
