@@ -10,6 +10,7 @@ import (
 	"os"
 	"os/signal"
 	"runtime"
+	"runtime/debug"
 	"syscall"
 
 	"banger"
@@ -47,6 +48,7 @@ func Main(args []string) int {
 		fmt.Fprintf(os.Stderr, "bangerd: descriptor %d is no unix socket\n", callFD)
 		return 2
 	}
+	debug.SetMemoryLimit(image.MemoryTargetBytes)
 	// A client that dies in the middle of a frame is found out by the write
 	// that fails, not by a signal.
 	signal.Ignore(syscall.SIGPIPE)

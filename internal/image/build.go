@@ -36,6 +36,13 @@ const (
 	maxBaseBytes  = 1 << 40 // what may be asked for; it costs room in every base
 )
 
+// MemoryTargetBytes is the soft limit of the Go heap that a process which
+// builds should set (runtime/debug.SetMemoryLimit): near it the collector
+// works harder instead of letting garbage pile up. A build of 100,000 entries
+// of ordinary shape stays below it with ease; an image of stranger shape may
+// need more and gets it.
+const MemoryTargetBytes = 100 << 20
+
 // epoch stands in for the time of what an image says nothing about, so that
 // the same input always gives the same bytes.
 var epoch = time.Unix(0, 0).UTC()

@@ -745,9 +745,10 @@ func TestBuildRefuses(t *testing.T) {
 
 const childEnv = "BANGER_TEST_CHILD_TAR"
 
-// TestBuildMemory builds an image of 100,000 entries in a process of its own.
+// TestBuildMemory builds images of 100,000 entries, each in a process of its
+// own with the memory target of the daemon.
 func TestBuildMemory(t *testing.T) {
-	const entries, limitKiB = 100_000, 128 << 10
+	const entries = 100_000
 	if path := os.Getenv(childEnv); path != "" {
 		src, ref := reference(t, "rootfs:"+path, path)
 		b, _, err := buildTo(t, src, ref, BuildOptions{})
@@ -764,43 +765,60 @@ func TestBuildMemory(t *testing.T) {
 		fmt.Printf("\n%s\n", regexp.MustCompile(`VmHWM:\s+\d+ kB`).Find(status))
 		return
 	}
-	path := filepath.Join(t.TempDir(), "many.tar")
-	f, err := os.Create(path)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer f.Close()
-	w := tar.NewWriter(f)
-	for i := range entries {
+	for _, row := range []struct {
+		name     string
+		limitKiB int
+		header   func(i int) *tar.Header
+	}{
 		// As distributions have it: folders, paths of some length, small files.
-		d := fmt.Sprintf("usr/share/package-%04d/subfolder", i/50)
-		h := &tar.Header{Typeflag: tar.TypeReg, Name: fmt.Sprintf("%s/a-file-name-%06d.txt", d, i), Mode: 0o644, Size: 10, ModTime: time.Unix(int64(i), 0)}
-		if i%50 == 0 {
-			h = &tar.Header{Typeflag: tar.TypeDir, Name: d + "/", Mode: 0o755}
-		}
-		if err := w.WriteHeader(h); err != nil {
-			t.Fatal(err)
-		}
-		if h.Size > 0 {
-			fmt.Fprintf(w, "%010d", i)
-		}
-	}
-	if err := w.Close(); err != nil {
-		t.Fatal(err)
-	}
-	cmd := exec.CommandContext(t.Context(), os.Args[0], "-test.run=^TestBuildMemory$")
-	cmd.Env = append(os.Environ(), childEnv+"="+path)
-	out, err := cmd.CombinedOutput()
-	if err != nil {
-		t.Fatalf("%v\n%s", err, out)
-	}
-	m := regexp.MustCompile(`VmHWM:\s+(\d+) kB`).FindSubmatch(out)
-	if m == nil {
-		t.Fatalf("no peak in %q", out)
-	}
-	peak, _ := strconv.Atoi(string(m[1]))
-	t.Logf("%d entries: %d MiB resident at most", entries, peak>>10)
-	if peak > limitKiB {
-		t.Errorf("%d entries need %d KiB, the limit is %d", entries, peak, limitKiB)
+		{"ordinary", 128 << 10, func(i int) *tar.Header {
+			d := fmt.Sprintf("usr/share/package-%04d/subfolder", i/50)
+			if i%50 == 0 {
+				return &tar.Header{Typeflag: tar.TypeDir, Name: d + "/", Mode: 0o755}
+			}
+			return &tar.Header{Typeflag: tar.TypeReg, Name: fmt.Sprintf("%s/a-file-name-%06d.txt", d, i), Mode: 0o644, Size: 10, ModTime: time.Unix(int64(i), 0)}
+		}},
+		// As nobody has it: long names, and an xattr on every file.
+		{"hostile", 384 << 10, func(i int) *tar.Header {
+			return &tar.Header{Typeflag: tar.TypeReg, Name: fmt.Sprintf("%0150d%06d", 0, i), Mode: 0o644, Size: 10,
+				PAXRecords: map[string]string{"SCHILY.xattr.user.a": strings.Repeat("v", 40)}}
+		}},
+	} {
+		t.Run(row.name, func(t *testing.T) {
+			path := filepath.Join(t.TempDir(), "many.tar")
+			f, err := os.Create(path)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer f.Close()
+			w := tar.NewWriter(f)
+			for i := range entries {
+				h := row.header(i)
+				if err := w.WriteHeader(h); err != nil {
+					t.Fatal(err)
+				}
+				if h.Size > 0 {
+					fmt.Fprintf(w, "%010d", i)
+				}
+			}
+			if err := w.Close(); err != nil {
+				t.Fatal(err)
+			}
+			cmd := exec.CommandContext(t.Context(), os.Args[0], "-test.run=^TestBuildMemory$")
+			cmd.Env = append(os.Environ(), childEnv+"="+path, fmt.Sprintf("GOMEMLIMIT=%d", MemoryTargetBytes))
+			out, err := cmd.CombinedOutput()
+			if err != nil {
+				t.Fatalf("%v\n%s", err, out)
+			}
+			m := regexp.MustCompile(`VmHWM:\s+(\d+) kB`).FindSubmatch(out)
+			if m == nil {
+				t.Fatalf("no peak in %q", out)
+			}
+			peak, _ := strconv.Atoi(string(m[1]))
+			t.Logf("%d entries: %d MiB resident at most", entries, peak>>10)
+			if peak > row.limitKiB {
+				t.Errorf("%d entries need %d KiB, the limit is %d", entries, peak, row.limitKiB)
+			}
+		})
 	}
 }
