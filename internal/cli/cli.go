@@ -112,13 +112,14 @@ EXAMPLE
 		},
 	})
 	root.AddCommand(runCommand(), imageCommand(), kernelCommand(), versionCommand())
+	flagsOnce(root)
 	return root
 }
 
 const helpTemplate = `{{with or .Long .Short}}{{. | trimTrailingWhitespaces}}
 
 {{end}}USAGE
-  {{if .Runnable}}{{.UseLine}}{{else}}{{.CommandPath}} COMMAND{{end}}
+  {{if .HasAvailableSubCommands}}{{.CommandPath}} COMMAND{{else}}{{.UseLine}}{{end}}
 {{if .HasAvailableSubCommands}}
 COMMANDS
 {{range .Commands}}{{if .IsAvailableCommand}}  {{rpad .Name .NamePadding}} {{.Short}}
@@ -128,6 +129,15 @@ FLAGS
 {{end}}
 {{if index .Annotations "exit"}}{{index .Annotations "exit"}}{{else}}` + exitHelp + `{{end}}
 `
+
+// flagsOnce keeps cobra from writing "[flags]" at the end of every usage line:
+// where flags go is part of the line itself.
+func flagsOnce(c *cobra.Command) {
+	c.DisableFlagsInUseLine = true
+	for _, sub := range c.Commands() {
+		flagsOnce(sub)
+	}
+}
 
 // group makes a command that only holds others.
 func group(use, short string, commands ...*cobra.Command) *cobra.Command {

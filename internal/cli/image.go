@@ -30,7 +30,7 @@ func imagePullCommand() *cobra.Command {
 	var name string
 	var asJSON bool
 	cmd := &cobra.Command{
-		Use:   "pull REFERENCE",
+		Use:   "pull [FLAGS] REFERENCE",
 		Short: "Get an image and make its base image",
 		Long: `Get an image, check it, and make the base image that VMs start from.
 
@@ -68,7 +68,7 @@ func imageBuildCommand() *cobra.Command {
 	var output, sizeText string
 	var noGuest, asJSON bool
 	cmd := &cobra.Command{
-		Use:   "build REFERENCE -o FILE",
+		Use:   "build [FLAGS] REFERENCE -o FILE",
 		Short: "Write an image as an ext4 file, without the store",
 		Long: `Write an image as one ext4 file system to a new file. Nothing goes into the
 store.
@@ -117,8 +117,8 @@ EXAMPLE
 		},
 	}
 	source.add(cmd)
-	cmd.Flags().StringVarP(&output, "output", "o", "", "the `FILE` to write; it must not exist")
-	cmd.Flags().StringVar(&sizeText, "size", "", "`SIZE` of the file system, like 8G (default: by content)")
+	cmd.Flags().StringVarP(&output, "output", "o", "", "write `FILE`, which must not exist")
+	cmd.Flags().StringVar(&sizeText, "size", "", "make the file system `SIZE` large, like 8G (default: by content)")
 	cmd.Flags().BoolVar(&noGuest, "no-guest", false, "leave banger's guest files out")
 	cmd.Flags().BoolVar(&asJSON, "json", false, "print what was built as JSON")
 	return cmd

@@ -60,7 +60,7 @@ func kernelImportCommand() *cobra.Command {
 	var modules string
 	var asJSON bool
 	cmd := &cobra.Command{
-		Use:   "import VMLINUZ|VMLINUX",
+		Use:   "import [FLAGS] VMLINUZ|VMLINUX",
 		Short: "Bring a kernel of your own",
 		Long: `Bring a kernel of your own: a bzImage or an uncompressed vmlinux for x86-64 that
 boots by PVH, with the folder of its modules.
@@ -90,7 +90,7 @@ EXAMPLE
 			return printKernel(k, asJSON)
 		},
 	}
-	cmd.Flags().StringVar(&modules, "modules", "", "`DIR` of its modules, like /lib/modules/VERSION")
+	cmd.Flags().StringVar(&modules, "modules", "", "take its modules from `DIR`, like /lib/modules/VERSION")
 	cmd.Flags().BoolVar(&asJSON, "json", false, "print the kernel as JSON")
 	return cmd
 }

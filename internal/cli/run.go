@@ -42,7 +42,7 @@ func runCommand() *cobra.Command {
 		asJSON      bool
 	)
 	cmd := &cobra.Command{
-		Use:   "run IMAGE [-- COMMAND [ARG...]]",
+		Use:   "run [FLAGS] IMAGE [-- COMMAND [ARG...]]",
 		Short: "Boot a VM from an image, run one command in it, and remove it",
 		Long: `Boot a VM from an image, run one command in it, and leave nothing behind.
 Without a command the image's own is run, or a shell where that is what the
@@ -109,15 +109,15 @@ IMAGE is the name or id of an image in the store, or a reference:
 	}
 	f := cmd.Flags()
 	source.add(cmd)
-	f.IntVar(&spec.CPUs, "cpus", 0, fmt.Sprintf("`N` virtual CPUs (default %d, at most the host's)", banger.DefaultCPUs))
-	f.StringVarP(&memory, "memory", "m", "", "`SIZE` of memory, like 512M or 2G (default 1G)")
-	f.StringVar(&accel, "accel", "auto", "`HOW` guest code runs: auto, kvm or tcg")
-	f.StringVar(&spec.Kernel, "kernel", "", "`VERSION` of the kernel (default: the default of `banger kernel ls`)")
-	f.StringVar(&spec.Init, "init", "auto", "`WHO` is the guest's init: auto, image or agent")
-	f.StringVar(&spec.Hostname, "hostname", "", "`NAME` of the guest")
-	f.StringArrayVarP(&env, "env", "e", nil, "`KEY=VALUE` for the command's environment; KEY alone takes it from here")
-	f.StringVarP(&user, "user", "u", "", "`USER[:GROUP]` that runs the command, as the guest knows it")
-	f.StringVarP(&dir, "workdir", "w", "", "`DIR` that the command starts in")
+	f.IntVar(&spec.CPUs, "cpus", 0, fmt.Sprintf("give it `N` virtual CPUs (default %d, at most the host's)", banger.DefaultCPUs))
+	f.StringVarP(&memory, "memory", "m", "", "give it `SIZE` of memory, like 512M or 2G (default 1G)")
+	f.StringVar(&accel, "accel", "auto", "run guest code by `HOW`: auto, kvm or tcg")
+	f.StringVar(&spec.Kernel, "kernel", "", "boot the kernel `VERSION` (default: the default of `banger kernel ls`)")
+	f.StringVar(&spec.Init, "init", "auto", "let `WHO` be the guest's init: auto, image or agent")
+	f.StringVar(&spec.Hostname, "hostname", "", "call the guest `NAME`")
+	f.StringArrayVarP(&env, "env", "e", nil, "add `KEY=VALUE` to the command's environment; KEY alone takes it from here")
+	f.StringVarP(&user, "user", "u", "", "run the command as `USER[:GROUP]`, as the guest knows it")
+	f.StringVarP(&dir, "workdir", "w", "", "start the command in `DIR`")
 	f.BoolVarP(&interactive, "interactive", "i", true, "pass standard input on")
 	f.BoolVarP(&tty, "tty", "t", false, "give the command a terminal (default: when there is one here)")
 	f.BoolVar(&rm, "rm", true, "remove the VM afterwards; without a name it always is")

@@ -86,16 +86,22 @@ func (r *rooms) lookUp(full, text string) (*image.Image, error) {
 	return r.images.Find(text)
 }
 
-func (d *daemon) imageInspect(ctx context.Context, c *api.Call) (any, error) {
+// named opens the state folder and finds the image that a call names.
+func (d *daemon) named(c *api.Call) (*rooms, *image.Image, error) {
 	var p api.Named
 	if err := c.Params(&p); err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	r, err := d.open()
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	im, err := r.find(p.Name)
+	return r, im, err
+}
+
+func (d *daemon) imageInspect(ctx context.Context, c *api.Call) (any, error) {
+	_, im, err := d.named(c)
 	if err != nil {
 		return nil, err
 	}
@@ -103,15 +109,7 @@ func (d *daemon) imageInspect(ctx context.Context, c *api.Call) (any, error) {
 }
 
 func (d *daemon) imageRemove(ctx context.Context, c *api.Call) (any, error) {
-	var p api.Named
-	if err := c.Params(&p); err != nil {
-		return nil, err
-	}
-	r, err := d.open()
-	if err != nil {
-		return nil, err
-	}
-	im, err := r.find(p.Name)
+	r, im, err := d.named(c)
 	if err != nil {
 		return nil, err
 	}
