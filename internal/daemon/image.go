@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"os"
+	"strings"
 	"syscall"
 	"time"
 
@@ -87,21 +88,20 @@ func (r *rooms) lookUp(full, text string) (*image.Image, error) {
 }
 
 // named opens the state folder and finds the image that a call names.
-func (d *daemon) named(c *api.Call) (*rooms, *image.Image, error) {
+func (d *daemon) named(c *api.Call) (r *rooms, im *image.Image, text string, err error) {
 	var p api.Named
 	if err := c.Params(&p); err != nil {
-		return nil, nil, err
+		return nil, nil, "", err
 	}
-	r, err := d.open()
-	if err != nil {
-		return nil, nil, err
+	if r, err = d.open(); err != nil {
+		return nil, nil, "", err
 	}
-	im, err := r.find(p.Name)
-	return r, im, err
+	im, err = r.find(p.Name)
+	return r, im, p.Name, err
 }
 
 func (d *daemon) imageInspect(ctx context.Context, c *api.Call) (any, error) {
-	_, im, err := d.named(c)
+	_, im, _, err := d.named(c)
 	if err != nil {
 		return nil, err
 	}
@@ -109,11 +109,15 @@ func (d *daemon) imageInspect(ctx context.Context, c *api.Call) (any, error) {
 }
 
 func (d *daemon) imageRemove(ctx context.Context, c *api.Call) (any, error) {
-	r, im, err := d.named(c)
+	r, im, text, err := d.named(c)
 	if err != nil {
 		return nil, err
 	}
-	return im.Image, r.images.Remove(ctx, im.Name)
+	name := im.Name
+	if strings.HasPrefix(im.ID, text) {
+		name = text // an id: Remove knows what that may mean
+	}
+	return im.Image, r.images.Remove(ctx, name)
 }
 
 func (d *daemon) imagePull(ctx context.Context, c *api.Call) (any, error) {

@@ -344,7 +344,8 @@ func lockFolder(f *os.File, dir, name string) error {
 }
 
 // Remove takes the name away and, when it was the last one, the base and the
-// blobs that nothing else needs. An image that a VM holds is CodeConflict. It
+// blobs that nothing else needs. An image that a VM holds is CodeConflict, and
+// so is an id of an image with several names. It
 // waits for a pull that is under way, which may be about to name this very
 // base, and whose blobs are not yet anyone's.
 func (im *Images) Remove(ctx context.Context, name string) error {
@@ -363,6 +364,18 @@ func (im *Images) Remove(ctx context.Context, name string) error {
 	last := false
 	var held *os.File
 	err = im.changeNames(ctx, func(n names) error {
+		if name != image.Name { // it was an id
+			var all []string
+			for other, id := range n.Names {
+				if id == image.ID {
+					all = append(all, other)
+				}
+			}
+			if slices.Sort(all); len(all) > 1 {
+				return banger.Errorf(banger.CodeConflict, "image %q: it has %d names", name, len(all)).
+					WithHint("say which to remove: %s", strings.Join(all, ", "))
+			}
+		}
 		delete(n.Names, image.Name)
 		last = !slices.Contains(slices.Collect(maps.Values(n.Names)), image.ID)
 		if !last {

@@ -517,6 +517,24 @@ func TestFind(t *testing.T) {
 	}
 }
 
+// TestRemoveByID: an id says which image, and not which of its names.
+func TestRemoveByID(t *testing.T) {
+	im, s := newImages(t)
+	image := plant(t, s, "aaaa11112222", "one", "two")
+	if err := im.Remove(t.Context(), image.ID); banger.CodeOf(err) != banger.CodeConflict || !strings.Contains(err.Error(), "2 names") {
+		t.Fatalf("an id with two names: %v", err)
+	}
+	if err := im.Remove(t.Context(), "two"); err != nil {
+		t.Fatal(err)
+	}
+	if err := im.Remove(t.Context(), image.ID[:4]); err != nil {
+		t.Fatalf("an id with one name: %v", err)
+	}
+	if _, err := im.Find("one"); banger.CodeOf(err) != banger.CodeNotFound {
+		t.Errorf("after the last name: %v", err)
+	}
+}
+
 // A record that is lost or damaged is an error with a name, never taken for an
 // empty one.
 func TestRecords(t *testing.T) {
