@@ -381,7 +381,11 @@ func arguments(m vmm.Machine, info vmm.Info, tscKHz int, in *inherited) ([]strin
 	if info.Accel == banger.AccelKVM {
 		args = append(args, "-accel", "kvm", "-cpu", "host")
 	} else {
-		args = append(args, "-accel", "tcg,thread=multi", "-cpu", "max")
+		// One thread for all vCPUs. With one each, a vCPU can go on running the
+		// old translation of code that another has just patched: Linux patches
+		// its static branches that way, and a guest with systemd stood still for
+		// good in one of a dozen boots, both vCPUs at a patched branch.
+		args = append(args, "-accel", "tcg,thread=single", "-cpu", "max")
 	}
 	if info.Sandbox {
 		args = append(args, "-sandbox", sandboxArg)
