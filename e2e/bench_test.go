@@ -378,7 +378,7 @@ func (b *bare) run() cost {
 		t.Fatal(err)
 	}
 	defer l.Close()
-	args := []string{"-M", "microvm", "-accel", "tcg,thread=multi", "-cpu", "max", "-m", "1024", "-smp", "2", "-nodefaults", "-no-user-config",
+	args := []string{"-M", "microvm", "-accel", "tcg,thread=single", "-cpu", "max", "-m", "1024", "-smp", "2", "-nodefaults", "-no-user-config",
 		"-display", "none", "-no-reboot", "-kernel", b.kernel.Vmlinux, "-initrd", filepath.Join(b.dir, "initramfs"),
 		"-append", fmt.Sprintf("console=ttyS0 quiet loglevel=4 reboot=t panic=-1 no_timer_check cryptomgr.notests tsc=reliable tsc_early_khz=%d", hostTSC(t)),
 		"-serial", "file:" + filepath.Join(b.dir, "console"),

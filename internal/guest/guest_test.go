@@ -440,3 +440,29 @@ func TestStdinQueue(t *testing.T) {
 		t.Error("no end")
 	}
 }
+
+func TestMaskWithoutKmod(t *testing.T) {
+	unit := "/run/systemd/system/kmod-static-nodes.service"
+	root := t.TempDir()
+	for range 2 { // the second time it is there already
+		if err := maskWithoutKmod(root); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if target, err := os.Readlink(root + unit); err != nil || target != "/dev/null" {
+		t.Errorf("without kmod: %q, %v", target, err)
+	}
+	root = t.TempDir()
+	if err := os.MkdirAll(root+"/usr/bin", 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(root+"/usr/bin/kmod", nil, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if err := maskWithoutKmod(root); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := os.Lstat(root + unit); err == nil {
+		t.Error("with kmod the unit is masked")
+	}
+}

@@ -51,7 +51,33 @@ func (b *boot) personalise(init initChoice) error {
 	if err := b.freshMachineID(init); err != nil {
 		return err
 	}
+	if init.Kind == kindSystemd {
+		if err := maskWithoutKmod(""); err != nil {
+			return err
+		}
+	}
 	return b.maskFstab()
+}
+
+// maskWithoutKmod keeps systemd from failing over a program that the image
+// does not have: a modules drive makes it start kmod-static-nodes, whose
+// condition looks for modules.devname and not for kmod. Masked in /run, so
+// nothing of it stays.
+func maskWithoutKmod(root string) error {
+	for _, at := range []string{"/bin/kmod", "/usr/bin/kmod", "/sbin/kmod"} {
+		if _, err := os.Stat(root + at); err == nil {
+			return nil
+		}
+	}
+	dir := root + "/run/systemd/system"
+	if err := mkdirAll(dir); err != nil {
+		return err
+	}
+	err := os.Symlink("/dev/null", dir+"/kmod-static-nodes.service")
+	if err != nil && !errors.Is(err, fs.ErrExist) {
+		return bare(dir, err)
+	}
+	return nil
 }
 
 // keepFile writes a file unless it is like that already.

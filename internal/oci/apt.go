@@ -24,7 +24,7 @@ import (
 )
 
 // aptBase is what an apt image has beside the essential packages.
-var aptBase = []string{"systemd-sysv", "dbus", "udev", "iproute2", "iputils-ping", "ca-certificates"}
+var aptBase = []string{"systemd-sysv", "dbus", "udev", "kmod", "iproute2", "iputils-ping", "ca-certificates"}
 
 const (
 	aptPath = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
