@@ -6,10 +6,6 @@ import "math/bits"
 // the name (fs/ext4/hash.c), bytes taken as signed, as the superblock says.
 type nameHash struct{ major, minor uint32 }
 
-func (h nameHash) less(o nameHash) bool {
-	return h.major < o.major || h.major == o.major && h.minor < o.minor
-}
-
 // hashSeed is the state that hashing starts from. An unset seed means MD4's own.
 func hashSeed(seed [16]byte) [4]uint32 {
 	if seed == [16]byte{} {

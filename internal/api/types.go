@@ -41,7 +41,6 @@ type Source struct {
 	// PackagesName is how the user called the list, for errors.
 	PackagesName string `json:"packages_name,omitempty"`
 	Name         string `json:"name,omitempty"` // under which it is kept, if not its own
-	Refresh      bool   `json:"refresh,omitempty"`
 }
 
 // Named is the parameter of what acts on one thing by its name.

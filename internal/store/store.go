@@ -32,7 +32,6 @@ const (
 	ImageRecord  = "image.json"    // in images/<id>/
 	ImageRootfs  = "rootfs.ext4"   // in images/<id>/
 	imageNames   = "names.json"    // in images/
-	VMRecord     = "vm.json"       // in vms/<id>/
 	VMOverlay    = "overlay.ext4"  // in vms/<id>/
 	VMWork       = "work.ext4"     // in vms/<id>/
 	VMInitramfs  = "initramfs.img" // in vms/<id>/run/
