@@ -9,203 +9,174 @@ import (
 	"banger/ext4/internal/disk"
 )
 
-// directory is what a node has when it is one.
-type directory struct {
-	parent  *node
-	entries map[string]*node // without the dot entries
-	subdirs int
-	sorted  []dirEntry // by hash when there is an index, else by name; set by survey
-	blocks  int        // set by survey
-}
-
+// dirEntry is a name in a directory. The dot entries are never among them.
 type dirEntry struct {
-	name string
-	node *node
-	hash nameHash
+	name     string
+	hash     nameHash // set by layoutDir where there is an index
+	ino      uint32
+	fileType byte // from disk.DirFileType; left out where the geometry has none
 }
 
-func (e *dirEntry) size() int { return disk.DirEntryHeader + align4(len(e.name)) }
+const dotEntrySize = 12
 
-const (
-	dotEntrySize = 12
-	dirRoom      = disk.BlockSize - disk.DirTailSize
-	// lostFoundBlocks is what mke2fs gives lost+found, so that e2fsck need
-	// not allocate when it has something to put there.
-	lostFoundBlocks = 4
-)
+// dirEntrySize is the room that an entry with a name of n bytes takes.
+func dirEntrySize(n int) int { return disk.DirEntryHeader + align4(n) }
 
-func (d *directory) indexed() bool { return d.blocks > 1 && len(d.sorted) > 0 }
-
-// links is the link count as the kernel would have it.
-func (d *directory) links() uint32 {
-	if n := uint32(d.subdirs) + 2; n < MaxLinks {
-		return n
-	}
-	return 1 // dir_nlink: too many to count
+// dirLayout is a directory as it will lie on disk. Its size depends on the
+// names alone; inode numbers may be filled in until put.
+type dirLayout struct {
+	g                        *geometry
+	self, parent, generation uint32     // inode numbers; the directory's i_generation
+	entries                  []dirEntry // by hash when indexed, else by name
+	starts                   []int      // first entry of each leaf
+	nodes                    int        // index blocks below the root, 0 or more
+	indexed                  bool
+	blocks                   int // may be raised where there is no index: they are empty then
 }
 
-// arrange sorts the entries the way they will lie on disk and counts blocks.
-func (d *directory) arrange(seed [4]uint32) error {
-	d.sorted = make([]dirEntry, 0, len(d.entries))
+// layoutDir sorts entries, which it keeps, and divides them into blocks. One
+// block, or a file system without dir_index, makes a list; else it is an htree
+// (Documentation/filesystems/ext4/directory.rst) of at most two levels.
+func (g *geometry) layoutDir(entries []dirEntry) (*dirLayout, error) {
+	d := &dirLayout{g: g, entries: entries}
 	bytes := 2 * dotEntrySize
-	for name, n := range d.entries {
-		e := dirEntry{name: name, node: n}
-		bytes += e.size()
-		d.sorted = append(d.sorted, e)
+	for i := range entries {
+		bytes += dirEntrySize(len(entries[i].name))
 	}
-	if bytes <= dirRoom {
-		slices.SortFunc(d.sorted, func(a, b dirEntry) int { return strings.Compare(a.name, b.name) })
-		d.blocks = 1
-		return nil
+	if bytes <= g.dirRoom() || !g.dirIndex {
+		slices.SortFunc(entries, func(a, b dirEntry) int { return strings.Compare(a.name, b.name) })
+		d.starts = g.leaves(entries, 2*dotEntrySize)
+		d.blocks = len(d.starts)
+		return d, nil
 	}
-	for i := range d.sorted {
-		d.sorted[i].hash = hashName(d.sorted[i].name, seed)
+	d.indexed = true
+	for i := range entries {
+		entries[i].hash = g.hash.sum(entries[i].name)
 	}
-	slices.SortFunc(d.sorted, func(a, b dirEntry) int {
-		return cmp.Or(cmp.Compare(a.hash.major, b.hash.major), cmp.Compare(a.hash.minor, b.hash.minor), strings.Compare(a.name, b.name))
+	slices.SortFunc(entries, func(a, b dirEntry) int {
+		if a.hash.major != b.hash.major {
+			return cmp.Compare(a.hash.major, b.hash.major)
+		}
+		return cmp.Or(cmp.Compare(a.hash.minor, b.hash.minor), strings.Compare(a.name, b.name))
 	})
-	leaves := 0
-	for from := 0; from < len(d.sorted); leaves++ {
-		from = leafEnd(d.sorted, from)
-	}
-	d.blocks = 1 + leaves
-	if leaves > disk.IndexRootLimit {
-		nodes := ceilDiv(leaves, disk.IndexNodeLimit)
-		if nodes > disk.IndexRootLimit {
-			return fmt.Errorf("directory of %d entries: more than an index of two levels holds", len(d.sorted))
-		}
-		d.blocks += nodes
-	}
-	return nil
-}
-
-// leafEnd is the end of the leaf that begins with entry from.
-func leafEnd(entries []dirEntry, from int) int {
-	used := 0
-	for i := from; i < len(entries); i++ {
-		if used += entries[i].size(); used > dirRoom {
-			return i
+	d.starts = g.leaves(entries, 0)
+	if len(d.starts) > g.indexRootLimit() {
+		d.nodes = ceilDiv(len(d.starts), g.indexNodeLimit())
+		if d.nodes > g.indexRootLimit() {
+			return nil, fmt.Errorf("directory of %d entries: more than an index of two levels holds, and three (large_dir) are not written", len(entries))
 		}
 	}
-	return len(entries)
+	d.blocks = 1 + d.nodes + len(d.starts)
+	return d, nil
 }
 
-// dirWriter writes the blocks of one directory in order.
-type dirWriter struct {
-	out  *output
-	seed uint32
-	rest []extent
-	err  error
-}
-
-// next gives the next block, zeroed. After an error it is a dummy.
-func (w *dirWriter) next() []byte {
-	if w.err == nil {
-		e := &w.rest[0]
-		var b []byte
-		b, w.err = w.out.block(e.start)
-		if e.start, e.length = e.start+1, e.length-1; e.length == 0 {
-			w.rest = w.rest[1:]
-		}
-		if w.err == nil {
-			return b
+// leaves fills blocks with entries, of which the first has used bytes already,
+// and gives the first entry of each. There is at least one.
+func (g *geometry) leaves(entries []dirEntry, used int) []int {
+	starts, room := []int{0}, g.dirRoom()
+	for i := range entries {
+		size := dirEntrySize(len(entries[i].name))
+		if used += size; used > room {
+			starts, used = append(starts, i), size
 		}
 	}
-	return make([]byte, disk.BlockSize)
+	return starts
 }
 
-func putDots(b []byte, self, parent uint32, parentLen int) {
-	disk.PutDirEntry(b, self, dotEntrySize, 2, ".")
-	disk.PutDirEntry(b[dotEntrySize:], parent, parentLen, 2, "..")
+// leaf gives the entries of leaf i, none past the last.
+func (d *dirLayout) leaf(i int) []dirEntry {
+	switch {
+	case i >= len(d.starts):
+		return nil
+	case i == len(d.starts)-1:
+		return d.entries[d.starts[i]:]
+	}
+	return d.entries[d.starts[i]:d.starts[i+1]]
+}
+
+// put fills the zeroed b, one block long, with logical block i.
+func (d *dirLayout) put(b []byte, i int) {
+	seed := d.g.inodeSeed(d.self, d.generation)
+	switch {
+	case !d.indexed && i == 0:
+		room := dotEntrySize
+		if len(d.leaf(0)) == 0 {
+			room = d.g.dirRoom() - dotEntrySize
+		}
+		d.putDots(b, room)
+		d.putLeaf(b, 2*dotEntrySize, d.leaf(0), seed)
+	case !d.indexed:
+		d.putLeaf(b, 0, d.leaf(i), seed)
+	case i == 0:
+		d.putDots(b, d.g.blockSize-dotEntrySize)
+		levels, pointers, step := 0, len(d.starts), 1 // to leaves
+		if d.nodes > 0 {
+			levels, pointers, step = 1, d.nodes, d.g.indexNodeLimit()
+		}
+		disk.PutIndexRootInfo(b, d.g.hash.version, levels)
+		for j := range pointers {
+			disk.PutIndexEntry(b, disk.IndexRootAt, j, d.leafHash(j*step), uint32(1+j))
+		}
+		d.sealIndex(b, disk.IndexRootAt, pointers, d.g.indexRootLimit(), seed)
+	case i <= d.nodes:
+		disk.PutDirEntry(b, 0, d.g.blockSize, 0, "")
+		limit := d.g.indexNodeLimit()
+		from := (i - 1) * limit
+		pointers := min(limit, len(d.starts)-from)
+		for j := range pointers {
+			disk.PutIndexEntry(b, disk.IndexNodeAt, j, d.leafHash(from+j), uint32(1+d.nodes+from+j))
+		}
+		d.sealIndex(b, disk.IndexNodeAt, pointers, limit, seed)
+	default:
+		d.putLeaf(b, 0, d.leaf(i-1-d.nodes), seed)
+	}
+}
+
+// leafHash is the hash that an index has for a leaf.
+func (d *dirLayout) leafHash(i int) uint32 {
+	from := d.starts[i]
+	hash := d.entries[from].hash.major
+	if from > 0 && d.entries[from-1].hash.major == hash {
+		hash |= 1 // this hash began in the leaf before
+	}
+	return hash
+}
+
+func (d *dirLayout) sealIndex(b []byte, at, count, limit int, seed uint32) {
+	disk.PutIndexCount(b, at, count, limit)
+	if d.g.csum {
+		disk.SealIndexBlock(b, at, count, limit, seed)
+	}
+}
+
+func (d *dirLayout) putDots(b []byte, parentLen int) {
+	d.putEntry(b, d.self, dotEntrySize, disk.DirFileType(disk.TypeDir), ".")
+	d.putEntry(b[dotEntrySize:], d.parent, parentLen, disk.DirFileType(disk.TypeDir), "..")
+}
+
+func (d *dirLayout) putEntry(b []byte, ino uint32, recLen int, fileType byte, name string) {
+	if !d.g.filetype {
+		fileType = 0
+	}
+	disk.PutDirEntry(b, ino, recLen, fileType, name)
 }
 
 // putLeaf writes entries from offset at, the last one reaching to the tail.
-func (w *dirWriter) putLeaf(b []byte, at int, entries []dirEntry) {
+func (d *dirLayout) putLeaf(b []byte, at int, entries []dirEntry, seed uint32) {
+	room := d.g.dirRoom()
 	if len(entries) == 0 && at == 0 {
-		disk.PutDirEntry(b, 0, dirRoom, 0, "")
+		disk.PutDirEntry(b, 0, room, 0, "")
 	}
 	for i := range entries {
 		e := &entries[i]
-		size := e.size()
+		size := dirEntrySize(len(e.name))
 		if i == len(entries)-1 {
-			size = dirRoom - at
+			size = room - at
 		}
-		disk.PutDirEntry(b[at:], e.node.ino, size, disk.DirFileType(e.node.mode), e.name)
+		d.putEntry(b[at:], e.ino, size, e.fileType, e.name)
 		at += size
 	}
-	disk.SealDirBlock(b, w.seed)
-}
-
-// put writes the directory n whose blocks lie at extents.
-func (d *directory) put(out *output, n *node, extents []extent, fsSeed uint32) error {
-	w := &dirWriter{out: out, seed: disk.InodeSeed(fsSeed, n.ino), rest: slices.Clone(extents)}
-	if d.indexed() {
-		d.putIndexed(w, n.ino)
-		return w.err
-	}
-	b := w.next()
-	if len(d.sorted) == 0 {
-		putDots(b, n.ino, d.parent.ino, dirRoom-dotEntrySize)
-		disk.SealDirBlock(b, w.seed)
-	} else {
-		putDots(b, n.ino, d.parent.ino, dotEntrySize)
-		w.putLeaf(b, 2*dotEntrySize, d.sorted)
-	}
-	for range d.blocks - 1 {
-		w.putLeaf(w.next(), 0, nil)
-	}
-	return w.err
-}
-
-// putIndexed writes an htree (Documentation/filesystems/ext4/directory.rst):
-// its root, then inner nodes if there are any, then the leaves.
-func (d *directory) putIndexed(w *dirWriter, self uint32) {
-	type pointer struct{ hash, block uint32 }
-	var starts []int
-	for from := 0; from < len(d.sorted); from = leafEnd(d.sorted, from) {
-		starts = append(starts, from)
-	}
-	nodes, levels := 0, 0
-	if len(starts) > disk.IndexRootLimit {
-		nodes, levels = ceilDiv(len(starts), disk.IndexNodeLimit), 1
-	}
-	leaves := make([]pointer, len(starts))
-	for i, from := range starts {
-		hash := d.sorted[from].hash.major
-		if from > 0 && d.sorted[from-1].hash.major == hash {
-			hash |= 1 // this hash began in the leaf before
-		}
-		leaves[i] = pointer{hash, uint32(1 + nodes + i)}
-	}
-	top := leaves
-	if nodes > 0 {
-		top = make([]pointer, nodes)
-		for i := range top {
-			top[i] = pointer{leaves[i*disk.IndexNodeLimit].hash, uint32(1 + i)}
-		}
-	}
-	putIndex := func(b []byte, at, limit int, list []pointer) {
-		for i, p := range list {
-			disk.PutIndexEntry(b, at, i, p.hash, p.block)
-		}
-		disk.PutIndexCount(b, at, len(list), limit)
-		disk.SealIndexBlock(b, at, len(list), limit, w.seed)
-	}
-	b := w.next()
-	putDots(b, self, d.parent.ino, disk.BlockSize-dotEntrySize)
-	disk.PutIndexRootInfo(b, levels)
-	putIndex(b, disk.IndexRootAt, disk.IndexRootLimit, top)
-	for i := range nodes {
-		b := w.next()
-		disk.PutDirEntry(b, 0, disk.BlockSize, 0, "")
-		from := i * disk.IndexNodeLimit
-		putIndex(b, disk.IndexNodeAt, disk.IndexNodeLimit, leaves[from:min(from+disk.IndexNodeLimit, len(leaves))])
-	}
-	for i, from := range starts {
-		end := len(d.sorted)
-		if i+1 < len(starts) {
-			end = starts[i+1]
-		}
-		w.putLeaf(w.next(), 0, d.sorted[from:end])
+	if d.g.csum {
+		disk.SealDirBlock(b, seed)
 	}
 }

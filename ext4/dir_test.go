@@ -11,35 +11,41 @@ import (
 	"syscall"
 	"testing"
 
-	"banger/ext4/internal/disk"
 	"banger/ext4/internal/e2fs"
 )
 
-// e2fsprogs must hash every name as we do.
+// e2fsprogs must hash every name as we do. It knows the unsigned versions by
+// number only.
 func TestHash(t *testing.T) {
 	seedText := "01020304-0506-0708-090a-0b0c0d0e0f10"
 	seed := hashSeed([16]byte{1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16})
 	var names []string
-	for _, n := range []int{1, 2, 3, 4, 5, 31, 32, 33, 63, 64, 65, 255} {
-		names = append(names, strings.Repeat("abcdefg", 40)[:n], strings.Repeat("\x80\xfe\xc3z", 70)[:n])
+	for _, n := range []int{1, 2, 3, 4, 5, 15, 16, 17, 31, 32, 33, 63, 64, 65, 255} {
+		names = append(names, strings.Repeat("abcdefg", 40)[:n], strings.Repeat("\x80\xfe\xc3z\x7f", 70)[:n])
 	}
-	var script strings.Builder
-	for _, name := range names {
-		fmt.Fprintf(&script, "dx_hash -h half_md4 -s %s %s\ndx_hash -h half_md4 %s\n", seedText, name, name)
-	}
-	path := filepath.Join(t.TempDir(), "script")
-	must(t, os.WriteFile(path, []byte(script.String()), 0o600))
-	out, _ := e2fs.Run(t, "debugfs", "-f", path)
-	found := regexp.MustCompile(`is (0x[0-9a-f]+) \(minor (0x[0-9a-f]+)\)`).FindAllStringSubmatch(out, -1)
-	if len(found) != 2*len(names) {
-		t.Fatalf("%d hashes for %d names:\n%s", len(found), len(names), out)
-	}
-	for i, name := range names {
-		for j, state := range [][4]uint32{seed, hashSeed([16]byte{})} {
-			h := hashName(name, state)
-			got := fmt.Sprintf("%#x %#x", h.major, h.minor)
-			if want := found[2*i+j][1] + " " + found[2*i+j][2]; got != want {
-				t.Errorf("%q: %s, want %s", name, got, want)
+	for number, h := range map[int]dirHash{
+		0: {version: hashLegacy}, 1: {version: hashHalfMD4}, 2: {version: hashTEA},
+		3: {version: hashLegacy, unsigned: true}, 4: {version: hashHalfMD4, unsigned: true}, 5: {version: hashTEA, unsigned: true},
+	} {
+		var script strings.Builder
+		for _, name := range names {
+			fmt.Fprintf(&script, "dx_hash -h %d -s %s %s\ndx_hash -h %d %s\n", number, seedText, name, number, name)
+		}
+		path := filepath.Join(t.TempDir(), "script")
+		must(t, os.WriteFile(path, []byte(script.String()), 0o600))
+		out, _ := e2fs.Run(t, "debugfs", "-f", path)
+		found := regexp.MustCompile(`is (0x[0-9a-f]+) \(minor (0x[0-9a-f]+)\)`).FindAllStringSubmatch(out, -1)
+		if len(found) != 2*len(names) {
+			t.Fatalf("%d hashes for %d names:\n%s", len(found), len(names), out)
+		}
+		for i, name := range names {
+			for j, state := range [][4]uint32{seed, hashSeed([16]byte{})} {
+				h.state = state
+				sum := h.sum(name)
+				got := fmt.Sprintf("%#x %#x", sum.major, sum.minor)
+				if want := found[2*i+j][1] + " " + found[2*i+j][2]; got != want {
+					t.Errorf("version %d, %q: %s, want %s", number, name, got, want)
+				}
 			}
 		}
 	}
@@ -96,8 +102,8 @@ func TestDirectorySizes(t *testing.T) {
 		{"one block", 338, four, -1},
 		{"one block and one", 339, four, 0},
 		{"high bytes", 3000, highBytes, 0},
-		{"last with one level", 15 * disk.IndexRootLimit, long, 0},
-		{"first with two", 15*disk.IndexRootLimit + 1, long, 1},
+		{"last with one level", 15 * writerGeometry.indexRootLimit(), long, 0},
+		{"first with two", 15*writerGeometry.indexRootLimit() + 1, long, 1},
 	} {
 		t.Run(c.row, func(t *testing.T) {
 			image := manyNames(t, c.n, c.name, 0o100644, params(128<<20))
@@ -117,13 +123,13 @@ func TestDirectorySizes(t *testing.T) {
 // continuation bit. Such names are rare, so this one counts on numbers.
 func TestHashCollisions(t *testing.T) {
 	p := params(256 << 20)
-	seed := hashSeed(p.HashSeed)
+	hash := dirHash{version: hashHalfMD4, state: hashSeed(p.HashSeed)}
 	// Many names that share their major hash with another.
 	byHash := make(map[uint32]string)
 	var names []string
 	for i := 0; len(names) < 600; i++ {
 		name := fmt.Sprintf("%0100d", i)
-		h := hashName(name, seed).major
+		h := hash.sum(name).major
 		if first, ok := byHash[h]; ok {
 			names = append(names, first, name)
 			delete(byHash, h)

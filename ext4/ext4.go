@@ -43,6 +43,8 @@ const (
 	MaxNameBytes = 255
 	// MaxTargetBytes is the longest symlink target.
 	MaxTargetBytes = disk.BlockSize - 1
+	// MaxXattrBytes is the largest value of an xattr (XATTR_SIZE_MAX).
+	MaxXattrBytes = 64 << 10
 	// MaxLinks is the largest number of names of a file. Directories may
 	// hold more subdirectories than that; their link count then reads 1.
 	MaxLinks = 65000

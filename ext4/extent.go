@@ -54,19 +54,21 @@ func ceilDiv[T int | uint64 | int64](a, b T) T { return (a + b - 1) / b }
 
 // treeBlocks is the number of blocks that a tree of so many extents takes
 // beyond its root in the inode.
-func treeBlocks(extents int) (n int) {
+func (g *geometry) treeBlocks(extents int) (n int) {
 	for extents > disk.ExtentsInInode {
-		extents = ceilDiv(extents, disk.ExtentsInBlock)
+		extents = ceilDiv(extents, g.extentsInBlock())
 		n += extents
 	}
 	return n
 }
 
-// putTree writes the tree blocks of c and gives the root for the inode.
-func (c *Content) putTree(out *output, inodeSeed uint32) (root [60]byte, err error) {
-	if len(c.extents) <= disk.ExtentsInInode {
-		disk.PutExtentHeader(root[:], len(c.extents), disk.ExtentsInInode, 0)
-		for i, e := range c.extents {
+// putTree encodes an extent tree and gives its root for the inode. tree are its
+// blocks, leaves first, as many as treeBlocks says; block gives each of them
+// zeroed, to be filled before the next.
+func (g *geometry) putTree(extents []extent, tree []uint64, inodeSeed uint32, block func(uint64) ([]byte, error)) (root [60]byte, err error) {
+	if len(extents) <= disk.ExtentsInInode {
+		disk.PutExtentHeader(root[:], len(extents), disk.ExtentsInInode, 0)
+		for i, e := range extents {
 			disk.PutExtent(root[:], i, e.logical, e.length, e.start)
 		}
 		return root, nil
@@ -75,43 +77,44 @@ func (c *Content) putTree(out *output, inodeSeed uint32) (root [60]byte, err err
 		logical uint32
 		block   uint64
 	}
-	var level []child
-	tree := c.tree
-	for rest := c.extents; len(rest) > 0; tree = tree[1:] {
-		n := min(len(rest), disk.ExtentsInBlock)
-		b, err := out.block(tree[0])
-		if err != nil {
-			return root, err
-		}
-		disk.PutExtentHeader(b, n, disk.ExtentsInBlock, 0)
-		for i, e := range rest[:n] {
-			disk.PutExtent(b, i, e.logical, e.length, e.start)
-		}
-		disk.SealExtentBlock(b, inodeSeed)
-		level = append(level, child{rest[0].logical, tree[0]})
-		rest = rest[n:]
-	}
-	depth := 1
-	for ; len(level) > disk.ExtentsInInode; depth++ {
+	// level writes the blocks of one level, of count entries, and gives what
+	// the level above points to.
+	level := func(count, depth int, logical func(int) uint32, put func(b []byte, i, entry int)) ([]child, error) {
 		var above []child
-		for rest := level; len(rest) > 0; tree = tree[1:] {
-			n := min(len(rest), disk.ExtentsInBlock)
-			b, err := out.block(tree[0])
+		for from := 0; from < count; from += g.extentsInBlock() {
+			n := min(count-from, g.extentsInBlock())
+			b, err := block(tree[0])
 			if err != nil {
-				return root, err
+				return nil, err
 			}
-			disk.PutExtentHeader(b, n, disk.ExtentsInBlock, depth)
-			for i, e := range rest[:n] {
-				disk.PutExtentIndex(b, i, e.logical, e.block)
+			disk.PutExtentHeader(b, n, g.extentsInBlock(), depth)
+			for i := range n {
+				put(b, i, from+i)
 			}
-			disk.SealExtentBlock(b, inodeSeed)
-			above = append(above, child{rest[0].logical, tree[0]})
-			rest = rest[n:]
+			if g.csum {
+				disk.SealExtentBlock(b, inodeSeed)
+			}
+			above = append(above, child{logical(from), tree[0]})
+			tree = tree[1:]
 		}
-		level = above
+		return above, nil
 	}
-	disk.PutExtentHeader(root[:], len(level), disk.ExtentsInInode, depth)
-	for i, e := range level {
+	children, err := level(len(extents), 0, func(i int) uint32 { return extents[i].logical }, func(b []byte, i, entry int) {
+		e := &extents[entry]
+		disk.PutExtent(b, i, e.logical, e.length, e.start)
+	})
+	depth := 1
+	for ; err == nil && len(children) > disk.ExtentsInInode; depth++ {
+		list := children
+		children, err = level(len(list), depth, func(i int) uint32 { return list[i].logical }, func(b []byte, i, entry int) {
+			disk.PutExtentIndex(b, i, list[entry].logical, list[entry].block)
+		})
+	}
+	if err != nil {
+		return root, err
+	}
+	disk.PutExtentHeader(root[:], len(children), disk.ExtentsInInode, depth)
+	for i, e := range children {
 		disk.PutExtentIndex(root[:], i, e.logical, e.block)
 	}
 	return root, nil

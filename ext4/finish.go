@@ -32,9 +32,11 @@ func (w *Writer) Finish(p Params) error {
 		p:      &p,
 		s:      s,
 		l:      l,
-		seed:   disk.FSSeed(p.UUID),
+		geo:    writerGeometry,
 		dirs:   make([]uint32, l.groups),
 	}
+	f.geo.seed = disk.FSSeed(p.UUID)
+	f.geo.hash = dirHash{version: hashHalfMD4, state: hashSeed(p.HashSeed)}
 	f.now, _ = timestamp(p.Time)
 	if err := w.sweep(s, p.SizeBytes); err != nil {
 		return err
@@ -77,7 +79,7 @@ type finisher struct {
 	p      *Params
 	s      *survey
 	l      *layout
-	seed   uint32
+	geo    geometry
 	now    disk.Timestamp
 	dirs   []uint32 // directories by group of their inode
 	at     int      // first of l.free that may have blocks left
@@ -98,6 +100,7 @@ func (f *finisher) write(root *node) error {
 			disk.ROCompatDirNlink | disk.ROCompatExtraIsize | disk.ROCompatMetadataCsum,
 		UUID:     f.p.UUID,
 		HashSeed: f.p.HashSeed,
+		HashFlag: disk.SignedHash,
 	}
 	copy(f.super.Label[:], f.p.Label)
 	if !f.p.Time.IsZero() {
@@ -168,7 +171,8 @@ func (f *finisher) putInode(in *disk.Inode, ino uint32) error {
 	if err != nil {
 		return err
 	}
-	in.Encode(b, ino, f.seed)
+	in.Encode(b)
+	disk.SealInode(b, ino, f.geo.seed)
 	if in.Mode&disk.TypeMask == disk.TypeDir {
 		f.dirs[uint64(ino-1)/f.l.perGrp]++
 	}
@@ -184,26 +188,28 @@ func (f *finisher) inode(n *node) (in disk.Inode, err error) {
 			*t = n.times[i]
 		}
 	}
-	seed := disk.InodeSeed(f.seed, n.ino)
+	seed := f.geo.inodeSeed(n.ino, 0)
 	switch kind := n.mode & disk.TypeMask; {
 	case kind == disk.TypeRegular:
 		c := n.content
 		if c == nil {
 			c = new(Content)
 		}
-		for range treeBlocks(len(c.extents)) {
+		for range f.geo.treeBlocks(len(c.extents)) {
 			c.tree = append(c.tree, f.take(1, 1).start)
 		}
 		err = f.putContent(&in, c, seed)
 	case kind == disk.TypeDir:
-		c := f.allocate(uint64(n.dir.blocks), 1)
-		if err = n.dir.put(f.out, n, c.extents, f.seed); err == nil {
+		d := n.dir.layout
+		d.g = &f.geo
+		c := f.allocate(uint64(d.blocks), 1)
+		if err = f.putDir(d, c.extents); err == nil {
 			err = f.putContent(&in, c, seed)
 		}
-		if n.dir.indexed() {
+		if d.indexed {
 			in.Flags |= disk.InodeIndexed
 		}
-		n.dir.sorted = nil
+		n.dir.layout = nil
 	case n.longTarget():
 		c := f.allocate(1, 1)
 		c.size = int64(len(n.target))
@@ -221,12 +227,11 @@ func (f *finisher) inode(n *node) (in disk.Inode, err error) {
 	if x := n.xattrs; err == nil && x != nil {
 		in.Xattrs = x.body
 		if x.block != nil {
-			x.at = f.take(1, 1).start
-			in.XattrBlock = x.at
-			in.Blocks++
+			in.XattrBlock = f.take(1, 1).start
+			in.Sectors += disk.SectorsPerBlock
 			var b []byte
-			if b, err = f.out.block(x.at); err == nil {
-				x.put(b, f.seed)
+			if b, err = f.out.block(in.XattrBlock); err == nil {
+				x.put(&f.geo, b, in.XattrBlock)
 			}
 		}
 	}
@@ -236,10 +241,26 @@ func (f *finisher) inode(n *node) (in disk.Inode, err error) {
 // putContent makes in hold c, whose tree blocks it writes.
 func (f *finisher) putContent(in *disk.Inode, c *Content, seed uint32) (err error) {
 	in.Size = uint64(c.size)
-	in.Blocks = c.blocks() + uint64(len(c.tree))
+	in.Sectors = (c.blocks() + uint64(len(c.tree))) * disk.SectorsPerBlock
 	in.Flags |= disk.InodeExtents
-	in.Block, err = c.putTree(f.out, seed)
+	in.Block, err = f.geo.putTree(c.extents, c.tree, seed, f.out.block)
 	return err
+}
+
+// putDir writes a directory to the blocks it was given.
+func (f *finisher) putDir(d *dirLayout, extents []extent) error {
+	i := 0
+	for _, e := range extents {
+		for at := range uint64(e.length) {
+			b, err := f.out.block(e.start + at)
+			if err != nil {
+				return err
+			}
+			d.put(b, i)
+			i++
+		}
+	}
+	return nil
 }
 
 // journal makes the journal's inode. Only its superblock is written: the rest
@@ -254,7 +275,7 @@ func (f *finisher) journal() (in disk.Inode, err error) {
 		return in, err
 	}
 	disk.PutJournalSuperblock(b, uint32(f.l.journal), f.p.UUID)
-	if err := f.putContent(&in, c, disk.InodeSeed(f.seed, disk.JournalIno)); err != nil {
+	if err := f.putContent(&in, c, f.geo.inodeSeed(disk.JournalIno, 0)); err != nil {
 		return in, err
 	}
 	f.super.Compat |= disk.CompatHasJournal
@@ -277,7 +298,7 @@ func (f *finisher) allocate(blocks, goodRun uint64) *Content {
 		c.add(uint32(logical), r.start, uint32(r.length))
 		logical += r.length
 	}
-	for range treeBlocks(len(c.extents)) {
+	for range f.geo.treeBlocks(len(c.extents)) {
 		c.tree = append(c.tree, f.take(1, 1).start)
 	}
 	return c
@@ -347,7 +368,7 @@ func (f *finisher) writeGroups() error {
 			for _, r := range runs {
 				clearBits(b, int(r.start%disk.BlocksPerGroup), int(r.length))
 			}
-			d.BlockBitmapCsum = disk.BitmapCsum(f.seed, b)
+			d.BlockBitmapCsum = disk.BitmapCsum(f.geo.seed, b)
 		}
 		used := min(usedInodes-min(usedInodes, g*l.perGrp), l.perGrp)
 		d.FreeInodes = uint32(l.perGrp - used)
@@ -361,9 +382,9 @@ func (f *finisher) writeGroups() error {
 			}
 			setBits(b, 0, int(used))
 			setBits(b, int(l.perGrp), disk.MaxInodesInGroup-int(l.perGrp))
-			d.InodeBitmapCsum = disk.BitmapCsum(f.seed, b[:l.perGrp/8])
+			d.InodeBitmapCsum = disk.BitmapCsum(f.geo.seed, b[:l.perGrp/8])
 		}
-		d.Encode(table[g*disk.DescSize:], uint32(g), f.seed)
+		d.Encode(table[g*disk.DescSize:], uint32(g), f.geo.seed)
 		overhead += l.overhead(g) + 2 + l.table
 	}
 	s := &f.super

@@ -116,7 +116,7 @@ func newNode(in *Inode) (*node, error) {
 		return nil, fmt.Errorf("mode %#o: no file type known to ext4", in.Mode)
 	}
 	var err error
-	n.xattrs, err = encodeXattrs(in.Xattrs)
+	n.xattrs, err = writerGeometry.encodeXattrs(in.Xattrs, xattrBodySize)
 	return n, err
 }
 
@@ -134,3 +134,26 @@ func checkName(name string) error {
 	}
 	return nil
 }
+
+// xattrBodySize is what an inode of the Writer has behind its fixed fields.
+const xattrBodySize = disk.InodeSize - disk.GoodOldInode - disk.ExtraIsize
+
+// directory is what a node has when it is one.
+type directory struct {
+	parent  *node
+	entries map[string]*node // without the dot entries
+	subdirs int
+	layout  *dirLayout // set by survey
+}
+
+// links is the link count as the kernel would have it.
+func (d *directory) links() uint32 {
+	if n := uint32(d.subdirs) + 2; n < MaxLinks {
+		return n
+	}
+	return 1 // dir_nlink: too many to count
+}
+
+// lostFoundBlocks is what mke2fs gives lost+found, so that e2fsck need
+// not allocate when it has something to put there.
+const lostFoundBlocks = 4

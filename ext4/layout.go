@@ -32,26 +32,35 @@ func (w *Writer) survey(hashSeedBytes [16]byte) (*survey, error) {
 	s := &survey{hashSeed: hashSeedBytes, inodes: make([]*node, 0, len(w.nodes)+1)}
 	w.root.ino = disk.RootIno
 	if w.root.dir.entries[lostFoundName] == nil {
-		s.inodes = append(s.inodes, &node{mode: disk.TypeDir | 0o700, dir: &directory{parent: w.root, blocks: lostFoundBlocks}})
+		s.inodes = append(s.inodes, &node{mode: disk.TypeDir | 0o700, dir: &directory{parent: w.root}})
 	}
 	made := len(s.inodes) == 1
 	s.inodes = append(s.inodes, w.nodes...)
-	seed := hashSeed(hashSeedBytes)
+	g := writerGeometry
+	g.hash = dirHash{version: hashHalfMD4, state: hashSeed(hashSeedBytes)}
 	var owned []run
 	visit := func(n *node) error {
 		if n.dir != nil {
-			if n.dir.entries != nil {
-				if err := n.dir.arrange(seed); err != nil {
-					return err
-				}
+			entries := make([]dirEntry, 0, len(n.dir.entries))
+			for name, child := range n.dir.entries {
+				entries = append(entries, dirEntry{name: name, ino: child.ino, fileType: disk.DirFileType(child.mode)})
 			}
+			l, err := g.layoutDir(entries)
+			if err != nil {
+				return err
+			}
+			if n == s.inodes[0] && made {
+				l.blocks = lostFoundBlocks
+			}
+			l.self, l.parent = n.ino, n.dir.parent.ino
+			n.dir.layout = l
 			n.links = n.dir.links()
-			s.needBlock += uint64(n.dir.blocks)
-			if n.dir.blocks > disk.ExtentsInInode {
-				s.bigDirs = append(s.bigDirs, n.dir.blocks)
+			s.needBlock += uint64(l.blocks)
+			if l.blocks > disk.ExtentsInInode {
+				s.bigDirs = append(s.bigDirs, l.blocks)
 			}
 		} else if c := n.content; c != nil {
-			s.needBlock += uint64(treeBlocks(len(c.extents)))
+			s.needBlock += uint64(writerGeometry.treeBlocks(len(c.extents)))
 			for _, e := range c.extents {
 				owned = append(owned, run{e.start, uint64(e.length)})
 			}
@@ -74,11 +83,13 @@ func (w *Writer) survey(hashSeedBytes [16]byte) (*survey, error) {
 			w.root.dir.subdirs--
 		}()
 	}
+	for i, n := range s.inodes {
+		n.ino = uint32(disk.FirstIno + i)
+	}
 	if err := visit(w.root); err != nil {
 		return nil, err
 	}
-	for i, n := range s.inodes {
-		n.ino = uint32(disk.FirstIno + i)
+	for _, n := range s.inodes {
 		if err := visit(n); err != nil {
 			return nil, err
 		}
@@ -296,7 +307,7 @@ func (r *run) takeFront(n uint64) uint64 {
 // worstTree is an upper bound of the tree blocks of an object of so many
 // blocks that is yet to be allocated: one extent from each free run.
 func (l *layout) worstTree(blocks uint64) uint64 {
-	return uint64(treeBlocks(int(min(blocks, uint64(len(l.free))+blocks/disk.MaxExtentLen+1))))
+	return uint64(writerGeometry.treeBlocks(int(min(blocks, uint64(len(l.free))+blocks/disk.MaxExtentLen+1))))
 }
 
 func (l *layout) chooseJournal(p *Params, room uint64) bool {

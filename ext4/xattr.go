@@ -16,27 +16,64 @@ var le = binary.LittleEndian
 
 // xattrSet holds the encoded xattrs of one inode.
 type xattrSet struct {
-	body  []byte // for the inode itself, from its magic on; or nil
-	block []byte // for a block, without checksum, without the free middle; or nil
-	tail  []byte // the values of that block, which end where it ends
-	at    uint64 // where the block lies; set by Finish
+	body  []byte    // for the inode itself, from its magic on; or nil
+	block []byte    // for a block, without checksum, without the free middle; or nil
+	tail  []byte    // the values of that block, which end where it ends
+	large []eaValue // values that lie in inodes of their own: see link
 }
 
-// put writes the xattr block into the zeroed b.
-func (s *xattrSet) put(b []byte, fsSeed uint32) {
+// eaValue is a value for an EA inode (the ea_inode feature).
+type eaValue struct {
+	value  []byte // the caller's
+	inBody bool   // its entry is in the body, else in the block
+	entry  int    // offset of the entry there
+}
+
+// link makes large value i the one that EA inode ino holds. hash is the
+// CRC32C of the value, seeded with the geometry's seed.
+func (s *xattrSet) link(i int, ino, hash uint32) {
+	v := s.large[i]
+	e := s.block
+	if v.inBody {
+		e = s.body
+	}
+	e = e[v.entry:]
+	le.PutUint32(e[4:], ino)
+	h := hashBytes(0, e[disk.XattrEntryHeader:][:e[0]])
+	le.PutUint32(e[12:], hashWord(h, hash))
+}
+
+// put writes the xattr block, to lie at block at, into the zeroed b.
+func (s *xattrSet) put(g *geometry, b []byte, at uint64) {
 	copy(b, s.block)
-	copy(b[disk.BlockSize-len(s.tail):], s.tail)
-	disk.SealXattrBlock(b, s.at, fsSeed)
+	copy(b[len(b)-len(s.tail):], s.tail)
+	var hash uint32 // ext4_xattr_rehash
+	for e := s.block[disk.XattrBlockHeader:]; len(e) > 0; e = e[xattrEntrySize(int(e[0])):] {
+		hash = hashWord(hash, le.Uint32(e[12:]))
+	}
+	le.PutUint32(b[12:], hash)
+	if g.csum {
+		disk.SealXattrBlock(b, at, g.seed)
+	}
 }
 
 type xattr struct {
 	index byte
 	name  string // without what index stands for
 	value []byte
+	large bool // the value goes to an EA inode
 }
 
-func (x *xattr) entrySize() int { return disk.XattrEntryHeader + align4(len(x.name)) }
-func (x *xattr) size() int      { return x.entrySize() + align4(len(x.value)) }
+func xattrEntrySize(name int) int { return disk.XattrEntryHeader + align4(name) }
+
+func (x *xattr) entrySize() int { return xattrEntrySize(len(x.name)) }
+
+func (x *xattr) size() int {
+	if x.large {
+		return x.entrySize()
+	}
+	return x.entrySize() + align4(len(x.value))
+}
 
 func align4(n int) int { return (n + 3) &^ 3 }
 
@@ -51,9 +88,11 @@ const (
 	aclAccessIndex, aclDefaultIndex = 2, 3
 )
 
-// encodeXattrs turns named values into what goes to disk. The inode's own
-// room is filled first, in the order of the block.
-func encodeXattrs(set map[string][]byte) (*xattrSet, error) {
+// encodeXattrs turns named values into what goes to disk. The body of the
+// inode, where bodySize bytes follow its fixed fields, is filled first, in the
+// order of the block. Where that and the block are too small, the largest
+// values go to EA inodes. nil means that there is nothing to write.
+func (g *geometry) encodeXattrs(set map[string][]byte, bodySize int) (*xattrSet, error) {
 	if len(set) == 0 {
 		return nil, nil
 	}
@@ -67,88 +106,118 @@ func encodeXattrs(set map[string][]byte) (*xattrSet, error) {
 			list = append(list, x)
 		}
 	}
+	if len(list) == 0 {
+		return nil, nil
+	}
 	// The kernel looks names up in a block in this order.
 	slices.SortFunc(list, func(a, b xattr) int {
 		return cmp.Or(cmp.Compare(a.index, b.index), cmp.Compare(len(a.name), len(b.name)), strings.Compare(a.name, b.name))
 	})
 	const (
-		bodySize  = disk.InodeSize - disk.InodeXattrAt
-		bodyRoom  = bodySize - 4 - 4 // magic, end mark
-		blockRoom = disk.BlockSize - disk.XattrBlockHeader - 4
+		bodyOverhead = 4 + 4 // magic, end mark
+		endMark      = 4
 	)
-	var inBody, inBlock []xattr
-	bodyUsed, blockUsed := 0, 0
-	for _, x := range list {
-		if bodyUsed+x.size() <= bodyRoom {
-			inBody = append(inBody, x)
-			bodyUsed += x.size()
-		} else {
-			inBlock = append(inBlock, x)
-			blockUsed += x.size()
-		}
-	}
-	if blockUsed > blockRoom {
-		return nil, fmt.Errorf("xattrs: %d bytes beyond what the inode holds, more than the %d of one block", blockUsed, blockRoom)
+	inBody, inBlock, err := g.divideXattrs(list, bodySize-bodyOverhead, g.blockSize-disk.XattrBlockHeader-endMark)
+	if err != nil {
+		return nil, err
 	}
 	s := new(xattrSet)
 	if inBody != nil {
 		s.body = make([]byte, bodySize)
 		le.PutUint32(s.body, disk.XattrMagic)
-		putXattrs(s.body[4:], s.body[4:], inBody, bodySize-4, false)
+		s.putEntries(s.body, 4, 4, inBody)
 	}
 	if inBlock != nil {
-		b := make([]byte, disk.BlockSize)
+		b := make([]byte, g.blockSize)
 		le.PutUint32(b[0:], disk.XattrMagic)
 		le.PutUint32(b[4:], 1) // owners
 		le.PutUint32(b[8:], 1) // blocks
-		entries, values, hash := putXattrs(b, b[disk.XattrBlockHeader:], inBlock, disk.BlockSize, true)
-		le.PutUint32(b[12:], hash)
-		s.block = bytes.Clone(b[:disk.XattrBlockHeader+entries])
+		entries, values := s.putEntries(b, 0, disk.XattrBlockHeader, inBlock)
+		s.block = bytes.Clone(b[:entries])
 		s.tail = bytes.Clone(b[values:])
-	}
-	if s.body == nil && s.block == nil {
-		return nil, nil
 	}
 	return s, nil
 }
 
-// putXattrs writes entries upwards from entryArea and values downwards from
-// end, whose offsets count from base. Entries in a block carry a hash, those
-// in an inode none, as the kernel has it.
-func putXattrs(base, entryArea []byte, list []xattr, end int, hashed bool) (entries, values int, blockHash uint32) {
-	e := entryArea
+// divideXattrs says what goes where, marking large values.
+func (g *geometry) divideXattrs(list []xattr, bodyRoom, blockRoom int) (inBody, inBlock []xattr, err error) {
+	entries := 0
+	for i := range list {
+		entries += list[i].entrySize()
+	}
+	for {
+		inBody, inBlock = nil, nil
+		bodyUsed, blockUsed := 0, 0
+		largest := -1
+		for i, x := range list {
+			if !x.large && len(x.value) > 4 && (largest < 0 || len(x.value) > len(list[largest].value)) {
+				largest = i
+			}
+			if bodyUsed+x.size() <= bodyRoom {
+				inBody = append(inBody, x)
+				bodyUsed += x.size()
+			} else {
+				inBlock = append(inBlock, x)
+				blockUsed += x.size()
+			}
+		}
+		switch {
+		case blockUsed <= blockRoom:
+			return inBody, inBlock, nil
+		case !g.eaInode:
+			return nil, nil, fmt.Errorf("xattrs: %d bytes beyond what the inode holds, more than the %d of one block", blockUsed, blockRoom)
+		case largest < 0 || entries > bodyRoom+blockRoom:
+			return nil, nil, fmt.Errorf("xattrs: names of %d bytes, more than the %d of the inode and one block", entries, max(bodyRoom, 0)+blockRoom)
+		}
+		list[largest].large = true
+	}
+}
+
+// putEntries writes entries upwards from offset at and values downwards from
+// the end of area. Offsets of values count from base in a block and from the
+// first entry in a body; entries in a block carry a hash, those in a body none
+// but for large values, as the kernel has it.
+func (s *xattrSet) putEntries(area []byte, base, at int, list []xattr) (entriesEnd, valuesStart int) {
+	end := len(area)
 	for _, x := range list {
-		if len(x.value) > 0 {
+		e := area[at:]
+		if x.large {
+			s.large = append(s.large, eaValue{x.value, base > 0, at})
+		} else if len(x.value) > 0 {
 			end -= align4(len(x.value))
-			copy(base[end:], x.value)
-			le.PutUint16(e[2:], uint16(end))
+			copy(area[end:], x.value)
+			le.PutUint16(e[2:], uint16(end-base))
 		}
 		e[0], e[1] = byte(len(x.name)), x.index
 		le.PutUint32(e[8:], uint32(len(x.value)))
 		copy(e[disk.XattrEntryHeader:], x.name)
-		if hashed {
-			h := x.hash()
-			le.PutUint32(e[12:], h)
-			blockHash = blockHash<<16 ^ blockHash>>16 ^ h
+		if base == 0 {
+			le.PutUint32(e[12:], x.hash())
 		}
-		entries += x.entrySize()
-		e = e[x.entrySize():]
+		at += x.entrySize()
 	}
-	return entries, end, blockHash
+	return at, end
 }
 
 // hash is ext4_xattr_hash_entry.
-func (x *xattr) hash() (h uint32) {
-	for i := range len(x.name) {
-		h = h<<5 ^ h>>27 ^ uint32(x.name[i])
-	}
+func (x *xattr) hash() uint32 {
+	h := hashBytes(0, x.name)
 	for v := x.value; len(v) > 0; {
 		var word [4]byte
 		v = v[copy(word[:], v):]
-		h = h<<16 ^ h>>16 ^ le.Uint32(word[:])
+		h = hashWord(h, le.Uint32(word[:]))
 	}
 	return h
 }
+
+func hashBytes[T string | []byte](h uint32, name T) uint32 {
+	for i := range len(name) {
+		h = h<<5 ^ h>>27 ^ uint32(name[i])
+	}
+	return h
+}
+
+func hashWord(h, word uint32) uint32 { return h<<16 ^ h>>16 ^ word }
 
 // newXattr gives the zero xattr for an ACL that says nothing.
 func newXattr(name string, value []byte) (xattr, error) {
@@ -174,8 +243,10 @@ func newXattr(name string, value []byte) (xattr, error) {
 			return xattr{}, fmt.Errorf("name of %d bytes, more than %d", len(name), MaxNameBytes)
 		case strings.IndexByte(rest, 0) >= 0:
 			return xattr{}, errors.New("name holds a NUL")
+		case len(value) > MaxXattrBytes:
+			return xattr{}, fmt.Errorf("value of %d bytes, more than %d", len(value), MaxXattrBytes)
 		}
-		return xattr{p.index, strings.Clone(rest), value}, nil
+		return xattr{index: p.index, name: rest, value: value}, nil
 	}
 	return xattr{}, errors.New("not in the namespaces user, trusted, security, and not an acl")
 }
@@ -191,6 +262,9 @@ func encodeACL(v []byte) ([]byte, error) {
 		userObj, user, groupObj, group = 0x01, 0x02, 0x04, 0x08
 		mask, other                    = 0x10, 0x20
 	)
+	if len(v) > MaxXattrBytes {
+		return nil, fmt.Errorf("acl of %d bytes, more than %d", len(v), MaxXattrBytes)
+	}
 	if len(v) < 4 || (len(v)-4)%callEntry != 0 {
 		return nil, fmt.Errorf("acl of %d bytes: not a whole number of entries", len(v))
 	}

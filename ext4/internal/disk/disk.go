@@ -69,21 +69,20 @@ func CRC32CUint32(crc, v uint32) uint32 {
 // FSSeed is the checksum seed of a whole file system.
 func FSSeed(uuid [16]byte) uint32 { return CRC32C(^uint32(0), uuid[:]) }
 
-// InodeSeed is the checksum seed of everything that belongs to one inode,
-// whose generation is always zero here.
-func InodeSeed(fsSeed, ino uint32) uint32 {
-	return CRC32CUint32(CRC32CUint32(fsSeed, ino), 0)
+// InodeSeed is the checksum seed of everything that belongs to one inode.
+func InodeSeed(fsSeed, ino, generation uint32) uint32 {
+	return CRC32CUint32(CRC32CUint32(fsSeed, ino), generation)
 }
 
 var le = binary.LittleEndian
 
-// SealDirBlock writes the 12-byte checksum tail of a directory leaf block.
+// SealDirBlock writes the 12-byte checksum tail of a directory leaf, the block b.
 func SealDirBlock(b []byte, inodeSeed uint32) {
-	const at = BlockSize - DirTailSize
-	t := b[at:BlockSize]
+	at := len(b) - DirTailSize
+	t := b[at:]
 	clear(t)
 	le.PutUint16(t[4:], DirTailSize)
-	t[7] = 0xDE // file type that no real entry has
+	t[7] = DirTailType
 	le.PutUint32(t[8:], CRC32C(inodeSeed, b[:at]))
 }
 
@@ -91,41 +90,44 @@ func SealDirBlock(b []byte, inodeSeed uint32) {
 // root or node. The entries start at offset countAt; count of at most limit
 // of them are in use.
 func SealIndexBlock(b []byte, countAt, count, limit int, inodeSeed uint32) {
-	t := b[countAt+limit*IndexEntrySize:][:8]
+	t := b[countAt+limit*IndexEntrySize:][:IndexTailSize]
 	clear(t)
 	crc := CRC32C(inodeSeed, b[:countAt+count*IndexEntrySize])
 	crc = CRC32C(crc, t) // the reserved word, then the checksum as zero
 	le.PutUint32(t[4:], crc)
 }
 
-// SealExtentBlock writes the checksum at the end of an extent tree block.
+// SealExtentBlock writes the checksum of an extent tree block b, behind the
+// last entry it has room for.
 func SealExtentBlock(b []byte, inodeSeed uint32) {
-	le.PutUint32(b[BlockSize-4:], CRC32C(inodeSeed, b[:BlockSize-4]))
+	at := extentSize * (1 + ExtentsInBlock(len(b)))
+	le.PutUint32(b[at:], CRC32C(inodeSeed, b[:at]))
 }
 
-// SealXattrBlock writes the checksum of an xattr block that lies at block.
+// SealXattrBlock writes the checksum of the xattr block b that lies at block.
 func SealXattrBlock(b []byte, block uint64, fsSeed uint32) {
 	var at [8]byte
 	le.PutUint64(at[:], block)
 	le.PutUint32(b[16:], 0)
-	le.PutUint32(b[16:], CRC32C(CRC32C(fsSeed, at[:]), b[:BlockSize]))
+	le.PutUint32(b[16:], CRC32C(CRC32C(fsSeed, at[:]), b))
 }
 
 // Directory blocks.
 const (
 	DirTailSize    = 12
+	DirTailType    = 0xDE // file type of the tail, that no real entry has
 	DirEntryHeader = 8    // bytes before the name
 	IndexEntrySize = 8    // hash and block
 	IndexRootAt    = 32   // offset of count and limit in an htree root
 	IndexNodeAt    = 8    // and in an inner node
-	IndexRootLimit = 507  // entries: what is left of the block, less the checksum
-	IndexNodeLimit = 510  //
+	IndexTailSize  = 8    // checksum behind the last possible entry of an index
 	HashHalfMD4    = 1    // s_def_hash_version; signed or not says the superblock
-	SignedDirHash  = 0x01 // s_flags
+	SignedHash     = 0x01 // s_flags
+	UnsignedHash   = 0x02
 )
 
-// PutDirEntry encodes an entry that takes recLen bytes. recLen is at most
-// BlockSize, which fits the field as it is at 4 KiB.
+// PutDirEntry encodes an entry that takes recLen bytes, of which the field
+// holds at most 32 KiB as they are. fileType is 0 without the filetype feature.
 func PutDirEntry(b []byte, ino uint32, recLen int, fileType byte, name string) {
 	le.PutUint32(b, ino)
 	le.PutUint16(b[4:], uint16(recLen))
@@ -135,8 +137,8 @@ func PutDirEntry(b []byte, ino uint32, recLen int, fileType byte, name string) {
 }
 
 // PutIndexRootInfo encodes struct dx_root_info, which follows the two dot entries.
-func PutIndexRootInfo(b []byte, levels int) {
-	b[24+4] = HashHalfMD4
+func PutIndexRootInfo(b []byte, hashVersion byte, levels int) {
+	b[24+4] = hashVersion
 	b[24+5] = 8 // its own length
 	b[24+6] = byte(levels)
 }
@@ -160,11 +162,14 @@ func PutIndexCount(b []byte, countAt, count, limit int) {
 // Extent trees.
 const (
 	ExtentsInInode = 4
-	ExtentsInBlock = 340   // (4096-12)/12, the checksum lies in what remains
 	MaxExtentLen   = 32768 // blocks; more means "unwritten"
 	extentMagic    = 0xF30A
 	extentSize     = 12
 )
+
+// ExtentsInBlock is the number of entries of an extent tree block; where there
+// are checksums, one lies in what remains.
+func ExtentsInBlock(blockSize int) int { return (blockSize - extentSize) / extentSize }
 
 // PutExtentHeader encodes struct ext4_extent_header.
 func PutExtentHeader(b []byte, entries, max, depth int) {
@@ -197,8 +202,7 @@ func PutExtentIndex(b []byte, i int, logical uint32, child uint64) {
 // Xattrs.
 const (
 	XattrMagic       = 0xEA020000
-	XattrBlockHeader = 32 // bytes
-	XattrEntryHeader = 16 // bytes before the name
-	// InodeXattrAt is where the xattrs of an inode's body start: their magic.
-	InodeXattrAt = 128 + ExtraIsize
+	XattrBlockHeader = 32  // bytes
+	XattrEntryHeader = 16  // bytes before the name
+	GoodOldInode     = 128 // bytes of an inode before i_extra_isize
 )

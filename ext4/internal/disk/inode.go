@@ -38,8 +38,9 @@ func DirFileType(mode uint16) byte {
 
 // Flags of an Inode.
 const (
-	InodeIndexed = 0x1000  // directory with an htree
-	InodeExtents = 0x80000 // Block holds the root of an extent tree
+	InodeIndexed = 0x1000   // directory with an htree
+	InodeExtents = 0x80000  // Block holds the root of an extent tree
+	InodeEA      = 0x200000 // holds the value of an xattr
 )
 
 // Timestamp is a time as an inode holds it: the low 32 bits of the seconds,
@@ -63,19 +64,20 @@ type Inode struct {
 	Mode                       uint16
 	UID, GID, Links            uint32
 	Size                       uint64 // bytes
-	Blocks                     uint64 // with metadata, in blocks
+	Sectors                    uint64 // of 512 bytes, with metadata
 	Flags                      uint32
+	Generation                 uint32
+	Version                    uint64 // i_version; the references of an EA inode
 	Atime, Ctime, Mtime, Birth Timestamp
 	Block                      [60]byte
 	XattrBlock                 uint64
 	Xattrs                     []byte // magic and entries of the body, or nil
 }
 
-// Encode writes the 256 bytes of inode ino, checksum included.
-func (n *Inode) Encode(b []byte, ino, fsSeed uint32) {
-	b = b[:InodeSize]
+// Encode writes an inode of len(b) bytes, 128 or at least 160, without its
+// checksum. One of 128 has no room for xattrs, nanoseconds and a birth time.
+func (n *Inode) Encode(b []byte) {
 	clear(b)
-	sectors := n.Blocks * SectorsPerBlock
 	le.PutUint16(b[0x00:], n.Mode)
 	le.PutUint16(b[0x02:], uint16(n.UID))
 	le.PutUint32(b[0x04:], uint32(n.Size))
@@ -84,25 +86,44 @@ func (n *Inode) Encode(b []byte, ino, fsSeed uint32) {
 	le.PutUint32(b[0x10:], n.Mtime.Sec)
 	le.PutUint16(b[0x18:], uint16(n.GID))
 	le.PutUint16(b[0x1A:], uint16(n.Links))
-	le.PutUint32(b[0x1C:], uint32(sectors))
+	le.PutUint32(b[0x1C:], uint32(n.Sectors))
 	le.PutUint32(b[0x20:], n.Flags)
+	le.PutUint32(b[0x24:], uint32(n.Version))
 	copy(b[0x28:0x64], n.Block[:])
+	le.PutUint32(b[0x64:], n.Generation)
 	le.PutUint32(b[0x68:], uint32(n.XattrBlock))
 	le.PutUint32(b[0x6C:], uint32(n.Size>>32))
-	le.PutUint16(b[0x74:], uint16(sectors>>32))
+	le.PutUint16(b[0x74:], uint16(n.Sectors>>32))
 	le.PutUint16(b[0x76:], uint16(n.XattrBlock>>32))
 	le.PutUint16(b[0x78:], uint16(n.UID>>16))
 	le.PutUint16(b[0x7A:], uint16(n.GID>>16))
+	if len(b) == GoodOldInode {
+		return
+	}
 	le.PutUint16(b[0x80:], ExtraIsize)
 	le.PutUint32(b[0x84:], n.Ctime.Extra)
 	le.PutUint32(b[0x88:], n.Mtime.Extra)
 	le.PutUint32(b[0x8C:], n.Atime.Extra)
 	le.PutUint32(b[0x90:], n.Birth.Sec)
 	le.PutUint32(b[0x94:], n.Birth.Extra)
-	copy(b[InodeXattrAt:], n.Xattrs)
-	crc := CRC32C(InodeSeed(fsSeed, ino), b)
-	le.PutUint16(b[0x7C:], uint16(crc))
-	le.PutUint16(b[0x82:], uint16(crc>>16))
+	le.PutUint32(b[0x98:], uint32(n.Version>>32))
+	copy(b[GoodOldInode+ExtraIsize:], n.Xattrs)
+}
+
+// SealInode writes the checksum of the encoded inode b (ext4_inode_csum_set),
+// of which half has a place only in an inode that is larger than 128 bytes.
+func SealInode(b []byte, ino, fsSeed uint32) {
+	const low, high, highEnd = 0x7C, 0x82, 0x84
+	wide := len(b) > GoodOldInode && GoodOldInode+int(le.Uint16(b[0x80:])) >= highEnd
+	le.PutUint16(b[low:], 0)
+	if wide {
+		le.PutUint16(b[high:], 0)
+	}
+	crc := CRC32C(InodeSeed(fsSeed, ino, le.Uint32(b[0x64:])), b)
+	le.PutUint16(b[low:], uint16(crc))
+	if wide {
+		le.PutUint16(b[high:], uint16(crc>>16))
+	}
 }
 
 // PutDevice encodes a device number into Block, in the old form where it fits

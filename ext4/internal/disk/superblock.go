@@ -12,6 +12,7 @@ type Superblock struct {
 	UUID                       [16]byte
 	Label                      [16]byte
 	HashSeed                   [16]byte
+	HashFlag                   uint32 // SignedHash or UnsignedHash
 	JournalIno                 uint32 // 0: none
 	JournalBlock               [60]byte
 	JournalSize                uint64 // bytes
@@ -78,7 +79,7 @@ func (s *Superblock) Encode(b []byte) {
 	le.PutUint32(b[0x158:], uint32(s.Free>>32))
 	le.PutUint16(b[0x15C:], ExtraIsize)
 	le.PutUint16(b[0x15E:], ExtraIsize)
-	le.PutUint32(b[0x160:], SignedDirHash)
+	le.PutUint32(b[0x160:], s.HashFlag)
 	b[0x174] = logGroupsPerFlex
 	b[0x175] = checksumCRC32C
 	le.PutUint64(b[0x178:], s.KBytesWritten)
