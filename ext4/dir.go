@@ -14,7 +14,8 @@ type dirEntry struct {
 	name     string
 	hash     nameHash // set by layoutDir where there is an index
 	ino      uint32
-	fileType byte // from disk.DirFileType; left out where the geometry has none
+	entry    uint32 // the Writer's own: one more than the index in names.entries, or 0
+	fileType byte   // from disk.DirFileType; left out where the geometry has none
 }
 
 const dotEntrySize = 12

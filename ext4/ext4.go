@@ -104,6 +104,9 @@ type Params struct {
 	UUID [16]byte
 	// HashSeed decides the order of entries in large directories.
 	HashSeed [16]byte
+	// UnsignedHash makes the order that of machines whose char is unsigned,
+	// as mke2fs does there. Either is right everywhere.
+	UnsignedHash bool
 	// Label is the volume name, at most 16 bytes.
 	Label string
 	// Time is when the file system was made, and the time of every inode
@@ -130,6 +133,11 @@ func Format(f File, p Params, root *Inode) error {
 		}
 	}
 	return w.Finish(p)
+}
+
+// dirHash is how names are hashed.
+func (p *Params) dirHash() dirHash {
+	return dirHash{version: hashHalfMD4, unsigned: p.UnsignedHash, state: hashSeed(p.HashSeed)}
 }
 
 // check refuses what no image can have, and rounds nothing.

@@ -15,14 +15,40 @@ type extent struct {
 type Content struct {
 	writer  *Writer
 	size    int64
-	extents []extent
-	tree    []uint64 // blocks of the extent tree, leaves first; set by Finish
-	owner   *node
-	dead    bool
+	extents []extent // until it is given to an Inode
+	first   [1]extent
+	state   contentState
+}
+
+type contentState byte
+
+const (
+	contentFree  contentState = iota
+	contentOwned              // by an inode that was added
+	contentDead               // discarded
+)
+
+func newContent(w *Writer, size int64) *Content {
+	c := &Content{writer: w, size: size}
+	c.extents = c.first[:0] // most have one
+	return c
 }
 
 // SizeBytes is the size of the content, holes included.
 func (c *Content) SizeBytes() int64 { return c.size }
+
+// plain tells whether the content is one extent without holes, or empty, and
+// where it starts.
+func (c *Content) plain() (start uint32, ok bool) {
+	switch {
+	case c.size == 0:
+		return 0, true
+	case len(c.extents) != 1 || c.size > disk.MaxExtentLen*disk.BlockSize:
+		return 0, false
+	}
+	e := c.extents[0]
+	return uint32(e.start), int64(e.length) == ceilDiv(c.size, disk.BlockSize)
+}
 
 // blocks is the number of data blocks.
 func (c *Content) blocks() (n uint64) {
@@ -50,7 +76,7 @@ func (c *Content) add(logical uint32, start uint64, length uint32) {
 	}
 }
 
-func ceilDiv[T int | uint64 | int64](a, b T) T { return (a + b - 1) / b }
+func ceilDiv[T int | uint32 | uint64 | int64](a, b T) T { return (a + b - 1) / b }
 
 // treeBlocks is the number of blocks that a tree of so many extents takes
 // beyond its root in the inode.

@@ -17,7 +17,7 @@ func (w *Writer) Finish(p Params) error {
 	if err := p.check(); err != nil {
 		return err
 	}
-	s, err := w.survey(p.HashSeed)
+	s, err := w.survey(&p)
 	if err != nil {
 		return err
 	}
@@ -27,6 +27,7 @@ func (w *Writer) Finish(p Params) error {
 	}
 	w.finished = true
 	f := &finisher{
+		w:      w,
 		out:    w.out,
 		tables: newOutput(w.out.f),
 		p:      &p,
@@ -36,12 +37,12 @@ func (w *Writer) Finish(p Params) error {
 		dirs:   make([]uint32, l.groups),
 	}
 	f.geo.seed = disk.FSSeed(p.UUID)
-	f.geo.hash = dirHash{version: hashHalfMD4, state: hashSeed(p.HashSeed)}
+	f.geo.hash = s.hash
 	f.now, _ = timestamp(p.Time)
 	if err := w.sweep(s, p.SizeBytes); err != nil {
 		return err
 	}
-	return f.write(w.root)
+	return f.write()
 }
 
 // sweep erases what no file owns in the end and sets the size of the file.
@@ -74,6 +75,7 @@ func (w *Writer) sweep(s *survey, sizeBytes int64) error {
 
 // finisher writes one file system by its layout.
 type finisher struct {
+	w      *Writer
 	out    *output // blocks of files
 	tables *output // inode tables
 	p      *Params
@@ -89,7 +91,7 @@ type finisher struct {
 	super      disk.Superblock
 }
 
-func (f *finisher) write(root *node) error {
+func (f *finisher) write() error {
 	f.super = disk.Superblock{
 		Blocks:         f.l.blocks,
 		Reserved:       f.l.blocks / 100 * uint64(f.p.ReservedBlocksPercent),
@@ -102,12 +104,18 @@ func (f *finisher) write(root *node) error {
 		HashSeed: f.p.HashSeed,
 		HashFlag: disk.SignedHash,
 	}
+	if f.p.UnsignedHash {
+		f.super.HashFlag = disk.UnsignedHash
+	}
+	if len(f.w.ea.inodes) > 0 {
+		f.super.Incompat |= disk.IncompatEAInode
+	}
 	copy(f.super.Label[:], f.p.Label)
 	if !f.p.Time.IsZero() {
 		sec := max(f.p.Time.Unix(), 0) // these fields have no sign
 		f.super.MakeTime, f.super.WriteTime, f.super.Check = sec, sec, sec
 	}
-	if err := f.writeInodes(root); err != nil {
+	if err := f.writeInodes(); err != nil {
 		return err
 	}
 	if err := f.tables.flush(); err != nil {
@@ -117,35 +125,34 @@ func (f *finisher) write(root *node) error {
 }
 
 // writeInodes writes all inodes in order, and what belongs to them before each.
-func (f *finisher) writeInodes(root *node) error {
+func (f *finisher) writeInodes() error {
 	for ino := uint32(1); ino < disk.FirstIno; ino++ {
-		var in disk.Inode
 		var err error
 		switch {
 		case ino == disk.RootIno:
-			in, err = f.inode(root)
+			err = f.putNode(0)
 		case ino == disk.JournalIno && f.l.journal > 0:
-			in, err = f.journal()
+			err = f.putJournal()
 		default:
 			_, err = f.slot(ino) // stays zero
-			if err != nil {
-				return err
-			}
-			continue
-		}
-		if err == nil {
-			err = f.putInode(&in, ino)
 		}
 		if err != nil {
 			return err
 		}
 	}
-	for _, n := range f.s.inodes {
-		in, err := f.inode(n)
-		if err == nil {
-			err = f.putInode(&in, n.ino)
+	if f.s.lostFound {
+		if err := f.putLostFound(); err != nil {
+			return err
 		}
-		if err != nil {
+	}
+	n := f.w.nodes.len()
+	for i := uint32(1); i < n; i++ {
+		if err := f.putNode(i); err != nil {
+			return err
+		}
+	}
+	for i := range f.w.ea.inodes {
+		if err := f.putEAInode(&f.w.ea.inodes[i], f.s.ino(n)+uint32(i)); err != nil {
 			return err
 		}
 	}
@@ -179,116 +186,183 @@ func (f *finisher) putInode(in *disk.Inode, ino uint32) error {
 	return nil
 }
 
-// inode makes the inode of n after writing its blocks.
-func (f *finisher) inode(n *node) (in disk.Inode, err error) {
-	in = disk.Inode{Mode: n.mode, UID: n.uid, GID: n.gid, Links: n.links}
+// putNode writes an inode of the tree after its blocks.
+func (f *finisher) putNode(index uint32) error {
+	n, ino := f.w.nodes.at(index), f.s.ino(index)
+	in := disk.Inode{Mode: n.mode, UID: n.uid, GID: n.gid, Links: uint32(n.links)}
+	x := &extra{times: [4]disk.Timestamp{n.mtime, n.mtime, n.mtime, n.mtime}}
+	if i := n.extra & extraMask; i != 0 {
+		x = f.w.extras.at(i - 1)
+	}
 	for i, t := range [...]*disk.Timestamp{&in.Atime, &in.Mtime, &in.Ctime, &in.Birth} {
-		*t = f.now
-		if n.timesSet&(1<<i) != 0 {
-			*t = n.times[i]
+		if *t = f.now; n.timeSet(i) {
+			*t = x.times[i]
 		}
 	}
-	seed := f.geo.inodeSeed(n.ino, 0)
-	switch kind := n.mode & disk.TypeMask; {
-	case kind == disk.TypeRegular:
-		c := n.content
-		if c == nil {
-			c = new(Content)
+	var err error
+	switch kind := n.mode & disk.TypeMask; kind {
+	case disk.TypeRegular:
+		if x.content != 0 {
+			err = f.putContent(&in, f.w.contents.at(x.content-1), ino)
+			break
 		}
-		for range f.geo.treeBlocks(len(c.extents)) {
-			c.tree = append(c.tree, f.take(1, 1).start)
+		c := storedContent{size: int64(n.b)}
+		if n.b > 0 {
+			c.extents = []extent{{0, ceilDiv(n.b, disk.BlockSize), uint64(n.a)}}
 		}
-		err = f.putContent(&in, c, seed)
-	case kind == disk.TypeDir:
-		d := n.dir.layout
-		d.g = &f.geo
-		c := f.allocate(uint64(d.blocks), 1)
-		if err = f.putDir(d, c.extents); err == nil {
-			err = f.putContent(&in, c, seed)
+		err = f.putContent(&in, &c, ino)
+	case disk.TypeDir:
+		err = f.putDir(&in, n.a, ino)
+	case disk.TypeSymlink:
+		target := f.w.names.text.get(n.a, int(n.b))
+		if in.Size = uint64(n.b); !n.longTarget() {
+			copy(in.Block[:], target)
+			break
 		}
-		if d.indexed {
-			in.Flags |= disk.InodeIndexed
-		}
-		n.dir.layout = nil
-	case n.longTarget():
-		c := f.allocate(1, 1)
-		c.size = int64(len(n.target))
+		at := f.take(1, 1).start
 		var b []byte
-		if b, err = f.out.block(c.extents[0].start); err == nil {
-			copy(b, n.target)
-			err = f.putContent(&in, c, seed)
+		if b, err = f.out.block(at); err == nil {
+			copy(b, target)
+			err = f.putContent(&in, &storedContent{int64(n.b), []extent{{0, 1, at}}}, ino)
 		}
-	case kind == disk.TypeSymlink:
-		in.Size = uint64(len(n.target))
-		copy(in.Block[:], n.target)
-	case kind == disk.TypeChar || kind == disk.TypeBlock:
-		in.PutDevice(n.major, n.minor)
+	case disk.TypeChar, disk.TypeBlock:
+		in.PutDevice(n.a, n.b)
 	}
-	if x := n.xattrs; err == nil && x != nil {
-		in.Xattrs = x.body
-		if x.block != nil {
-			in.XattrBlock = f.take(1, 1).start
-			in.Sectors += disk.SectorsPerBlock
-			var b []byte
-			if b, err = f.out.block(in.XattrBlock); err == nil {
-				x.put(&f.geo, b, in.XattrBlock)
-			}
-		}
+	if err == nil && x.xattrs != 0 {
+		err = f.putXattrs(&in, x.xattrs)
 	}
-	return in, err
+	if err != nil {
+		return err
+	}
+	return f.putInode(&in, ino)
 }
 
-// putContent makes in hold c, whose tree blocks it writes.
-func (f *finisher) putContent(in *disk.Inode, c *Content, seed uint32) (err error) {
-	in.Size = uint64(c.size)
-	in.Sectors = (c.blocks() + uint64(len(c.tree))) * disk.SectorsPerBlock
-	in.Flags |= disk.InodeExtents
-	in.Block, err = f.geo.putTree(c.extents, c.tree, seed, f.out.block)
+func (f *finisher) putXattrs(in *disk.Inode, index uint32) error {
+	set := f.w.loadXattrs(index, &f.geo, f.s.ino(f.w.nodes.len()))
+	in.Xattrs = set.body
+	in.Sectors += set.largeSectors
+	if set.block == nil {
+		return nil
+	}
+	in.XattrBlock = f.take(1, 1).start
+	in.Sectors += disk.SectorsPerBlock
+	b, err := f.out.block(in.XattrBlock)
+	if err == nil {
+		set.put(&f.geo, b, in.XattrBlock)
+	}
 	return err
 }
 
-// putDir writes a directory to the blocks it was given.
-func (f *finisher) putDir(d *dirLayout, extents []extent) error {
+// putDir makes in the inode of a directory, whose blocks it writes.
+func (f *finisher) putDir(in *disk.Inode, dir, ino uint32) error {
+	d := f.w.names.dirs.at(dir)
+	l, err := f.geo.layoutDir(f.w.list(dir, f.s))
+	if err != nil {
+		return err
+	}
+	l.self, l.parent = ino, f.s.ino(d.parent)
+	subdirs := d.subdirs
+	if dir == 0 && f.s.lostFound {
+		subdirs++
+	}
+	in.Links = dirLinks(subdirs)
+	return f.putDirBlocks(in, l)
+}
+
+func (f *finisher) putLostFound() error {
+	in := disk.Inode{Mode: disk.TypeDir | 0o700, Links: 2, Atime: f.now, Mtime: f.now, Ctime: f.now, Birth: f.now}
+	l, err := f.geo.layoutDir(nil)
+	if err != nil {
+		return err
+	}
+	l.self, l.parent, l.blocks = disk.FirstIno, disk.RootIno, lostFoundBlocks
+	if err := f.putDirBlocks(&in, l); err != nil {
+		return err
+	}
+	return f.putInode(&in, l.self)
+}
+
+func (f *finisher) putDirBlocks(in *disk.Inode, l *dirLayout) error {
+	c := f.allocate(uint64(l.blocks), 1)
+	if l.indexed {
+		in.Flags |= disk.InodeIndexed
+	}
 	i := 0
-	for _, e := range extents {
+	for _, e := range c.extents {
 		for at := range uint64(e.length) {
 			b, err := f.out.block(e.start + at)
 			if err != nil {
 				return err
 			}
-			d.put(b, i)
+			l.put(b, i)
 			i++
 		}
 	}
-	return nil
+	return f.putContent(in, c, l.self)
 }
 
-// journal makes the journal's inode. Only its superblock is written: the rest
-// of an empty journal may be anything, and here is zero.
-func (f *finisher) journal() (in disk.Inode, err error) {
+// putEAInode writes the inode of a large xattr value. Its reference count and
+// the value's hash lie in fields that mean something else elsewhere
+// (ext4_xattr_inode_set_ref and _set_hash of fs/ext4/xattr.c).
+func (f *finisher) putEAInode(e *eaInode, ino uint32) error {
+	in := disk.Inode{
+		Mode:    disk.TypeRegular | 0o600,
+		Links:   1,
+		Flags:   disk.InodeEA,
+		Atime:   disk.Timestamp{Sec: e.hash(&f.geo)},
+		Ctime:   disk.Timestamp{Sec: uint32(e.refs >> 32)},
+		Version: e.refs & (1<<32 - 1),
+		Birth:   f.now,
+	}
+	if err := f.putContent(&in, &e.content, ino); err != nil {
+		return err
+	}
+	return f.putInode(&in, ino)
+}
+
+// putContent makes in hold c, after writing the blocks of its extent tree.
+func (f *finisher) putContent(in *disk.Inode, c *storedContent, ino uint32) (err error) {
+	var tree []uint64
+	for range f.geo.treeBlocks(len(c.extents)) {
+		tree = append(tree, f.take(1, 1).start)
+	}
+	blocks := uint64(len(tree))
+	for _, e := range c.extents {
+		blocks += uint64(e.length)
+	}
+	in.Size = uint64(c.size)
+	in.Sectors = blocks * disk.SectorsPerBlock
+	in.Flags |= disk.InodeExtents
+	in.Block, err = f.geo.putTree(c.extents, tree, f.geo.inodeSeed(ino, 0), f.out.block)
+	return err
+}
+
+// putJournal writes the journal's inode. Only its superblock is written: the
+// rest of an empty journal may be anything, and here is zero.
+func (f *finisher) putJournal() error {
 	// Better far away than in pieces.
 	const goodRun = 1024
 	c := f.allocate(f.l.journal, goodRun)
-	in = disk.Inode{Mode: disk.TypeRegular | 0o600, Links: 1, Atime: f.now, Mtime: f.now, Ctime: f.now, Birth: f.now}
+	in := disk.Inode{Mode: disk.TypeRegular | 0o600, Links: 1, Atime: f.now, Mtime: f.now, Ctime: f.now, Birth: f.now}
 	b, err := f.out.block(c.extents[0].start)
 	if err != nil {
-		return in, err
+		return err
 	}
 	disk.PutJournalSuperblock(b, uint32(f.l.journal), f.p.UUID)
-	if err := f.putContent(&in, c, f.geo.inodeSeed(disk.JournalIno, 0)); err != nil {
-		return in, err
+	if err := f.putContent(&in, c, disk.JournalIno); err != nil {
+		return err
 	}
 	f.super.Compat |= disk.CompatHasJournal
 	f.super.JournalIno = disk.JournalIno
 	f.super.JournalBlock = in.Block
 	f.super.JournalSize = in.Size
-	return in, nil
+	return f.putInode(&in, disk.JournalIno)
 }
 
-// allocate makes an object of so many blocks, with the tree blocks it needs,
-// from free runs of at least goodRun blocks as long as there are any.
-func (f *finisher) allocate(blocks, goodRun uint64) *Content {
-	c := &Content{size: int64(blocks) * disk.BlockSize}
+// allocate makes an object of so many blocks from free runs of at least goodRun
+// blocks as long as there are any.
+func (f *finisher) allocate(blocks, goodRun uint64) *storedContent {
+	var c Content
 	for logical := uint64(0); logical < blocks; {
 		r := f.take(blocks-logical, goodRun)
 		if r.length == 0 {
@@ -298,10 +372,7 @@ func (f *finisher) allocate(blocks, goodRun uint64) *Content {
 		c.add(uint32(logical), r.start, uint32(r.length))
 		logical += r.length
 	}
-	for range f.geo.treeBlocks(len(c.extents)) {
-		c.tree = append(c.tree, f.take(1, 1).start)
-	}
-	return c
+	return &storedContent{int64(blocks) * disk.BlockSize, c.extents}
 }
 
 // take gives up to n blocks from the first free run of at least goodRun, or
@@ -338,7 +409,7 @@ func (f *finisher) freeByGroup(group uint64) []run {
 // before that nothing will take the image for a file system.
 func (f *finisher) writeGroups() error {
 	l := f.l
-	usedInodes := disk.FirstIno - 1 + uint64(len(f.s.inodes))
+	usedInodes := f.s.inodes
 	overhead := l.journal
 	table := make([]byte, l.gdt*disk.BlockSize)
 	f.at = 0

@@ -22,6 +22,7 @@ var writerGeometry = geometry{
 	inodeSize: disk.InodeSize,
 	csum:      true,
 	filetype:  true,
+	eaInode:   true,
 	dirIndex:  true,
 }
 

@@ -3,6 +3,7 @@ package ext4
 import (
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"time"
 
@@ -27,35 +28,17 @@ type Inode struct {
 	// Major (12 bits) and Minor (20 bits) of a device.
 	Major, Minor uint32
 	// Xattrs by full name. The value of a system.posix_acl_* is the one
-	// that the system call gives and takes. All of an inode's xattrs must
-	// fit in 88 bytes of the inode and one block.
+	// that the system call gives and takes. 88 bytes lie in the inode, then
+	// one block; where those are too small, the largest values lie in inodes
+	// of their own (the ea_inode feature), and only names and small values
+	// must fit. A value has at most MaxXattrBytes.
 	Xattrs map[string][]byte
 	// Content of a regular file, from Place; nil if it is empty.
 	Content *Content
 
-	writer *Writer
-	node   *node
+	writer *Writer // that it was added to
+	node   uint32  // there
 }
-
-// node is what a Writer keeps of an Inode.
-type node struct {
-	mode         uint16
-	timesSet     uint8 // bit i: times[i] is not Params.Time
-	uid, gid     uint32
-	links        uint32 // names of anything but a directory
-	ino          uint32 // set by survey
-	major, minor uint32
-	times        [4]disk.Timestamp // atime, mtime, ctime, crtime
-	target       string
-	xattrs       *xattrSet
-	content      *Content // of a file; of directories and symlinks while Finish runs
-	dir          *directory
-}
-
-func (n *node) isDir() bool { return n.mode&disk.TypeMask == disk.TypeDir }
-
-// longTarget tells whether a symlink's target takes a block of its own.
-func (n *node) longTarget() bool { return len(n.target) > 59 }
 
 // errTimeRange is part of the message of every refused time.
 var errTimeRange = errors.New("not between 1901-12-13 and 2446-05-10")
@@ -71,54 +54,98 @@ func timestamp(t time.Time) (disk.Timestamp, error) {
 	return disk.MakeTimestamp(sec, uint32(t.Nanosecond())), nil
 }
 
-// newNode checks an Inode and takes what is needed of it. Errors are reasons
-// without a subject.
-func newNode(in *Inode) (*node, error) {
-	n := &node{mode: in.Mode, uid: in.UID, gid: in.GID}
+// newNode checks an Inode and keeps what is needed of it; that of a directory
+// has no index in dirs yet. Errors are reasons without a subject, and leave
+// the Writer as it was.
+func (w *Writer) newNode(in *Inode) (node, error) {
+	n := node{mode: in.Mode, uid: in.UID, gid: in.GID}
+	var rare extra
 	for i, t := range [...]time.Time{in.Atime, in.Mtime, in.Ctime, in.Crtime} {
+		if t.IsZero() {
+			continue
+		}
 		stamp, err := timestamp(t)
 		if err != nil {
-			return nil, fmt.Errorf("time %s: %w", t.UTC().Format(time.RFC3339), err)
+			return n, fmt.Errorf("time %s: %w", t.UTC().Format(time.RFC3339), err)
 		}
-		if !t.IsZero() {
-			n.times[i] = stamp
-			n.timesSet |= 1 << i
-		}
+		rare.times[i] = stamp
+		n.extra |= 1 << (extraBits + i)
+	}
+	n.mtime = rare.times[1]
+	timesDiffer := false
+	for i, t := range rare.times {
+		timesDiffer = timesDiffer || n.timeSet(i) && t != n.mtime
 	}
 	kind := in.Mode & disk.TypeMask
 	if in.Content != nil && kind != disk.TypeRegular {
-		return nil, errors.New("has content but is not a regular file")
+		return n, errors.New("has content but is not a regular file")
 	}
 	if in.Target != "" && kind != disk.TypeSymlink {
-		return nil, errors.New("has a target but is not a symlink")
+		return n, errors.New("has a target but is not a symlink")
 	}
 	switch kind {
-	case disk.TypeRegular, disk.TypeFIFO, disk.TypeSocket:
-		n.content = in.Content
-	case disk.TypeDir:
-		n.dir = &directory{entries: make(map[string]*node)}
+	case disk.TypeRegular:
+		if c := in.Content; c != nil {
+			switch {
+			case c.writer != w:
+				return n, errors.New("content belongs to another image")
+			case c.state == contentDead:
+				return n, errors.New("content was discarded")
+			case c.state == contentOwned:
+				return n, errors.New("content belongs to another file")
+			}
+		}
+	case disk.TypeDir, disk.TypeFIFO, disk.TypeSocket:
 	case disk.TypeSymlink:
 		switch {
 		case in.Target == "":
-			return nil, errors.New("symlink target: empty")
+			return n, errors.New("symlink target: empty")
 		case len(in.Target) > MaxTargetBytes:
-			return nil, fmt.Errorf("symlink target: %d bytes, more than %d", len(in.Target), MaxTargetBytes)
+			return n, fmt.Errorf("symlink target: %d bytes, more than %d", len(in.Target), MaxTargetBytes)
 		case strings.IndexByte(in.Target, 0) >= 0:
-			return nil, errors.New("symlink target: holds a NUL")
+			return n, errors.New("symlink target: holds a NUL")
 		}
-		n.target = strings.Clone(in.Target)
 	case disk.TypeChar, disk.TypeBlock:
 		if in.Major >= 1<<12 || in.Minor >= 1<<20 {
-			return nil, fmt.Errorf("device %d:%d: more than 12 and 20 bits", in.Major, in.Minor)
+			return n, fmt.Errorf("device %d:%d: more than 12 and 20 bits", in.Major, in.Minor)
 		}
-		n.major, n.minor = in.Major, in.Minor
+		n.a, n.b = in.Major, in.Minor
 	default:
-		return nil, fmt.Errorf("mode %#o: no file type known to ext4", in.Mode)
+		return n, fmt.Errorf("mode %#o: no file type known to ext4", in.Mode)
 	}
-	var err error
-	n.xattrs, err = writerGeometry.encodeXattrs(in.Xattrs, xattrBodySize)
-	return n, err
+	set, err := writerGeometry.encodeXattrs(in.Xattrs, xattrBodySize)
+	if err != nil {
+		return n, err
+	}
+	if w.names.text.full() || w.nodes.len() >= maxNodes || w.extras.len() >= extraMask-1 {
+		return n, errors.New("too many inodes, names or xattrs for one image")
+	}
+	if set != nil {
+		if rare.xattrs, err = w.keepXattrs(set); err != nil {
+			return n, err
+		}
+	}
+	// Nothing is refused from here on.
+	if kind == disk.TypeSymlink {
+		n.a, n.b = w.names.text.put(in.Target), uint32(len(in.Target))
+	}
+	if c := in.Content; c != nil {
+		if start, ok := c.plain(); ok {
+			n.a, n.b = start, uint32(c.size)
+		} else {
+			rare.content = w.contents.add(storedContent{c.size, slices.Clone(c.extents)}) + 1
+		}
+		c.state, c.extents = contentOwned, nil
+	}
+	if timesDiffer || rare.xattrs != 0 || rare.content != 0 {
+		n.extra |= w.extras.add(rare) + 1
+	}
+	return n, nil
 }
+
+// maxNodes leaves room for the inodes that nobody adds: those with a fixed
+// number, lost+found, and one for each of the largest number of EA inodes.
+const maxNodes = 1<<32 - 1<<20
 
 // checkName refuses names that no directory entry can have.
 func checkName(name string) error {
@@ -137,22 +164,6 @@ func checkName(name string) error {
 
 // xattrBodySize is what an inode of the Writer has behind its fixed fields.
 const xattrBodySize = disk.InodeSize - disk.GoodOldInode - disk.ExtraIsize
-
-// directory is what a node has when it is one.
-type directory struct {
-	parent  *node
-	entries map[string]*node // without the dot entries
-	subdirs int
-	layout  *dirLayout // set by survey
-}
-
-// links is the link count as the kernel would have it.
-func (d *directory) links() uint32 {
-	if n := uint32(d.subdirs) + 2; n < MaxLinks {
-		return n
-	}
-	return 1 // dir_nlink: too many to count
-}
 
 // lostFoundBlocks is what mke2fs gives lost+found, so that e2fsck need
 // not allocate when it has something to put there.

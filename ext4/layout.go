@@ -2,7 +2,7 @@ package ext4
 
 import (
 	"fmt"
-	"slices"
+	"math/bits"
 
 	"banger/ext4/internal/disk"
 )
@@ -14,101 +14,179 @@ func (r run) end() uint64 { return r.start + r.length }
 
 // survey is what Finish must know of the tree before it can choose a size.
 type survey struct {
-	hashSeed  [16]byte
-	inodes    []*node // inodes[i] is inode FirstIno+i
-	gaps      []run   // not owned by any file, below end; superblocks included
-	end       uint64  // first block after the last one owned by a file
-	owned     uint64  // blocks owned by files
-	needBlock uint64  // blocks for directories, extent trees, symlinks and xattrs, but:
-	bigDirs   []int   // blocks of directories that may need an extent tree
+	hash      dirHash
+	lostFound bool   // nobody added one, so it is made: the first inode
+	inodes    uint64 // used ones, reserved ones included
+	gaps      []run  // not owned by any file, below end; superblocks included
+	end       uint64 // first block after the last one owned by a file
+	owned     uint64 // blocks owned by files
+	needBlock uint64 // blocks for directories, extent trees, symlinks and xattrs, but:
+	bigDirs   []int  // blocks of directories that may need an extent tree
 }
 
-// survey numbers the inodes, arranges the directories and finds the gaps. Its
-// result holds until the next Add, and for one hash seed.
-func (w *Writer) survey(hashSeedBytes [16]byte) (*survey, error) {
-	if w.surveyed != nil && w.surveyed.hashSeed == hashSeedBytes {
+// ino is the inode number of a node.
+func (s *survey) ino(n uint32) uint32 {
+	switch {
+	case n == 0:
+		return disk.RootIno
+	case s.lostFound:
+		return disk.FirstIno + n
+	}
+	return disk.FirstIno + n - 1
+}
+
+// survey measures the directories and finds the gaps. Its result holds until
+// the next Add, and for one way of hashing names.
+func (w *Writer) survey(p *Params) (*survey, error) {
+	hash := p.dirHash()
+	if w.surveyed != nil && w.surveyed.hash == hash {
 		return w.surveyed, nil
 	}
-	s := &survey{hashSeed: hashSeedBytes, inodes: make([]*node, 0, len(w.nodes)+1)}
-	w.root.ino = disk.RootIno
-	if w.root.dir.entries[lostFoundName] == nil {
-		s.inodes = append(s.inodes, &node{mode: disk.TypeDir | 0o700, dir: &directory{parent: w.root}})
+	_, exists := w.names.lookup(0, lostFoundName)
+	s := &survey{hash: hash, lostFound: !exists}
+	s.inodes = disk.FirstIno - 1 + uint64(w.nodes.len()) - 1 + uint64(len(w.ea.inodes))
+	if s.lostFound {
+		s.inodes++
+		s.needBlock += lostFoundBlocks
 	}
-	made := len(s.inodes) == 1
-	s.inodes = append(s.inodes, w.nodes...)
-	g := writerGeometry
-	g.hash = dirHash{version: hashHalfMD4, state: hashSeed(hashSeedBytes)}
-	var owned []run
-	visit := func(n *node) error {
-		if n.dir != nil {
-			entries := make([]dirEntry, 0, len(n.dir.entries))
-			for name, child := range n.dir.entries {
-				entries = append(entries, dirEntry{name: name, ino: child.ino, fileType: disk.DirFileType(child.mode)})
+	if err := w.surveyDirs(s); err != nil {
+		return nil, err
+	}
+	owned := make(bitmap, w.cursor/64+1)
+	own := func(extents []extent) {
+		s.needBlock += uint64(writerGeometry.treeBlocks(len(extents)))
+		for _, e := range extents {
+			owned.set(e.start, uint64(e.length))
+			s.owned += uint64(e.length)
+		}
+	}
+	for i := range w.nodes.len() {
+		n := w.nodes.at(i)
+		var x *extra
+		if n.extra&extraMask != 0 {
+			x = w.extras.at(n.extra&extraMask - 1)
+			if x.xattrs != 0 && w.xattrs.at(x.xattrs-1).block > 0 {
+				s.needBlock++
 			}
-			l, err := g.layoutDir(entries)
+		}
+		switch {
+		case n.longTarget():
+			s.needBlock++
+		case n.mode&disk.TypeMask != disk.TypeRegular:
+		case x != nil && x.content != 0:
+			own(w.contents.at(x.content - 1).extents)
+		case n.b > 0:
+			blocks := ceilDiv(uint64(n.b), disk.BlockSize)
+			owned.set(uint64(n.a), blocks)
+			s.owned += blocks
+		}
+	}
+	for i := range w.ea.inodes {
+		own(w.ea.inodes[i].content.extents)
+	}
+	s.gaps, s.end = owned.gaps()
+	w.surveyed = s
+	return s, nil
+}
+
+// surveyDirs counts the blocks of all directories. Names are sorted only where
+// that decides on the number, and left in that order.
+func (w *Writer) surveyDirs(s *survey) error {
+	g := writerGeometry
+	g.hash = s.hash
+	for i := range w.names.dirs.len() {
+		d := w.names.dirs.at(i)
+		d.blocks = 1
+		bytes := d.bytes
+		if i == 0 && s.lostFound {
+			bytes += uint64(dirEntrySize(len(lostFoundName)))
+		}
+		if 2*dotEntrySize+bytes > uint64(g.dirRoom()) {
+			l, err := g.layoutDir(w.list(i, s))
 			if err != nil {
 				return err
 			}
-			if n == s.inodes[0] && made {
-				l.blocks = lostFoundBlocks
-			}
-			l.self, l.parent = n.ino, n.dir.parent.ino
-			n.dir.layout = l
-			n.links = n.dir.links()
-			s.needBlock += uint64(l.blocks)
-			if l.blocks > disk.ExtentsInInode {
-				s.bigDirs = append(s.bigDirs, l.blocks)
-			}
-		} else if c := n.content; c != nil {
-			s.needBlock += uint64(writerGeometry.treeBlocks(len(c.extents)))
-			for _, e := range c.extents {
-				owned = append(owned, run{e.start, uint64(e.length)})
-			}
+			w.names.relink(d, l.entries)
+			d.blocks = uint32(l.blocks)
 		}
-		if n.longTarget() {
-			s.needBlock++
-		}
-		if n.xattrs != nil && n.xattrs.block != nil {
-			s.needBlock++
-		}
-		return nil
-	}
-	if made {
-		// lost+found is part of the root only for as long as this survey:
-		// the caller may still add one.
-		w.root.dir.entries[lostFoundName] = s.inodes[0]
-		w.root.dir.subdirs++
-		defer func() {
-			delete(w.root.dir.entries, lostFoundName)
-			w.root.dir.subdirs--
-		}()
-	}
-	for i, n := range s.inodes {
-		n.ino = uint32(disk.FirstIno + i)
-	}
-	if err := visit(w.root); err != nil {
-		return nil, err
-	}
-	for _, n := range s.inodes {
-		if err := visit(n); err != nil {
-			return nil, err
+		s.needBlock += uint64(d.blocks)
+		if d.blocks > disk.ExtentsInInode {
+			s.bigDirs = append(s.bigDirs, int(d.blocks))
 		}
 	}
-	slices.SortFunc(owned, func(a, b run) int {
-		if a.start < b.start {
-			return -1
-		}
-		return 1
-	})
-	for _, r := range owned {
-		if r.start > s.end {
-			s.gaps = append(s.gaps, run{s.end, r.start - s.end})
-		}
-		s.end = r.end()
-		s.owned += r.length
+	return nil
+}
+
+// list gives the entries of a directory, lost+found among them where it is
+// made, in the order of their links. They hold until the next call.
+func (w *Writer) list(dir uint32, s *survey) []dirEntry {
+	list := w.scratch[:0]
+	d := w.names.dirs.at(dir)
+	if n := int(d.entries) + 1; cap(list) < n {
+		list = make([]dirEntry, 0, n)
 	}
-	w.surveyed = s
-	return s, nil
+	for i := d.head; i != 0; {
+		e := w.names.entries.at(i - 1)
+		list = append(list, dirEntry{
+			name:     w.names.nameOf(e),
+			ino:      s.ino(e.child),
+			entry:    i,
+			fileType: disk.DirFileType(w.nodes.at(e.child).mode),
+		})
+		i = e.next
+	}
+	if dir == 0 && s.lostFound {
+		list = append(list, dirEntry{name: lostFoundName, ino: disk.FirstIno, fileType: disk.DirFileType(disk.TypeDir)})
+	}
+	w.scratch = list
+	return list
+}
+
+// bitmap has one bit for each block.
+type bitmap []uint64
+
+func (b bitmap) set(from, n uint64) {
+	for ; n > 0; n-- {
+		if from%64 == 0 && n >= 64 {
+			b[from/64] = ^uint64(0)
+			from, n = from+64, n-63
+			continue
+		}
+		b[from/64] |= 1 << (from % 64)
+		from++
+	}
+}
+
+// next gives the first bit from at on that is set, or is not; the number of
+// bits if there is none.
+func (b bitmap) next(at uint64, set bool) uint64 {
+	for i := at / 64; i < uint64(len(b)); i++ {
+		word := b[i]
+		if !set {
+			word = ^word
+		}
+		if i == at/64 {
+			word &= ^uint64(0) << (at % 64)
+		}
+		if word != 0 {
+			return i*64 + uint64(bits.TrailingZeros64(word))
+		}
+	}
+	return uint64(len(b)) * 64
+}
+
+// gaps gives the runs of clear bits below end, the first one after all set bits.
+func (b bitmap) gaps() (gaps []run, end uint64) {
+	for {
+		start := b.next(end, true)
+		if start == uint64(len(b))*64 {
+			return gaps, end
+		}
+		if start > end {
+			gaps = append(gaps, run{end, start - end})
+		}
+		end = b.next(start, false)
+	}
 }
 
 const lostFoundName = "lost+found"
@@ -214,7 +292,7 @@ func (l *layout) measure(p *Params, blocks, usedInodes uint64) bool {
 // small.
 func newLayout(p *Params, s *survey, blocks uint64) *layout {
 	l := new(layout)
-	if !l.measure(p, blocks, disk.FirstIno-1+uint64(len(s.inodes))) || s.end > l.blocks {
+	if !l.measure(p, blocks, s.inodes) || s.end > l.blocks {
 		return nil
 	}
 	l.own = min(ceilDiv(s.end, disk.BlocksPerGroup), l.groups)
@@ -349,7 +427,7 @@ func (w *Writer) MinSizeBytes(p Params) (int64, error) {
 	if err := p.check(); err != nil {
 		return 0, err
 	}
-	s, err := w.survey(p.HashSeed)
+	s, err := w.survey(&p)
 	if err != nil {
 		return 0, err
 	}

@@ -254,7 +254,7 @@ func TestMinSize(t *testing.T) {
 			must(t, w.Add("f", &Inode{Mode: 0o100644, Content: content}))
 			least, err := w.MinSizeBytes(c.p)
 			must(t, err)
-			s, err := w.survey(c.p.HashSeed)
+			s, err := w.survey(&c.p)
 			must(t, err)
 			for range 2000 {
 				size := least/4096 + int64(r.ExpFloat64()*100000)

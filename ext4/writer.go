@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
+	"hash/maphash"
 	"io"
 	"strings"
 
@@ -25,13 +26,18 @@ type Writer struct {
 	placed    uint64   // data blocks in all contents, dead or not
 	live      uint64   // those of contents that are not dead
 
-	root     *node
-	nodes    []*node // in the order of Add, without the root
-	lastPath string  // directory of the last Add
-	lastDir  *node
+	nodes    table[node]
+	names    names
+	extras   table[extra]
+	contents table[storedContent]
+	xattrs   table[storedXattrs]
+	ea       eaInodes
+	lastPath string // directory of the last Add
+	lastDir  uint32 // in dirs
 	finished bool
-	probe    [1]byte // reads what should not be there
-	surveyed *survey // of the tree as it is, or nil
+	probe    [1]byte    // reads what should not be there
+	surveyed *survey    // of the tree as it is, or nil
+	scratch  []dirEntry // of one directory
 }
 
 // NewWriter starts an image in f, whose content is lost. The caller keeps f:
@@ -55,8 +61,8 @@ func NewWriter(f File, opts Options) (*Writer, error) {
 			w.supers = append(w.supers, g*disk.BlocksPerGroup)
 		}
 	}
-	w.root = &node{mode: disk.TypeDir | 0o755, dir: &directory{entries: make(map[string]*node)}}
-	w.root.dir.parent = w.root
+	w.names.seed = maphash.MakeSeed()
+	w.nodes.add(node{mode: disk.TypeDir | 0o755, a: w.names.dirs.add(dir{})})
 	w.skipSuper()
 	return w, nil
 }
@@ -119,7 +125,7 @@ func (w *Writer) Place(r io.Reader, sizeBytes int64) (*Content, error) {
 	if sizeBytes < 0 || sizeBytes > MaxFileBytes {
 		return nil, fmt.Errorf("content of %d bytes: not between 0 and %d", sizeBytes, int64(MaxFileBytes))
 	}
-	c := &Content{writer: w, size: sizeBytes}
+	c := newContent(w, sizeBytes)
 	err := w.stream(c, r)
 	w.placed += c.blocks()
 	if err != nil {
@@ -176,6 +182,24 @@ func (w *Writer) stream(c *Content, r io.Reader) error {
 	return nil
 }
 
+// placeWhole places bytes without looking for holes.
+func (w *Writer) placeWhole(c *Content, b []byte) error {
+	for logical := uint32(0); len(b) > 0; logical++ {
+		if w.skipSuper() == 0 {
+			return fmt.Errorf("%w: the largest size allowed is %d", ErrNoSpace, w.maxBlocks*disk.BlockSize)
+		}
+		block, err := w.out.block(w.cursor)
+		if err != nil {
+			return err
+		}
+		b = b[copy(block, b):]
+		c.add(logical, w.cursor, 1)
+		w.cursor++
+		w.placed++
+	}
+	return nil
+}
+
 func readError(size, before int64, err error) error {
 	if err == io.EOF || err == io.ErrUnexpectedEOF {
 		return fmt.Errorf("content of %d bytes: input is shorter: %w", size, io.ErrUnexpectedEOF)
@@ -187,12 +211,11 @@ func readError(size, before int64, err error) error {
 // Discarding twice, or nil, or the content of an Inode that was added, does
 // nothing.
 func (w *Writer) Discard(c *Content) {
-	if c == nil || c.dead || c.owner != nil || c.writer != w {
+	if c == nil || c.state != contentFree || c.writer != w {
 		return
 	}
-	c.dead = true
 	w.live -= c.blocks()
-	c.extents = nil
+	c.state, c.extents = contentDead, nil
 }
 
 // UsedBytes is the room taken by contents that are not discarded.
@@ -225,99 +248,85 @@ func (w *Writer) add(path string, in *Inode) error {
 	if err != nil {
 		return err
 	}
-	if in.node != nil {
+	if in.writer != nil {
+		n := w.nodes.at(in.node)
 		switch {
-		case in.node.isDir():
+		case n.isDir():
 			return errors.New("a directory cannot have a second name")
-		case in.node.links >= MaxLinks:
+		case n.links >= MaxLinks:
 			return fmt.Errorf("more than %d links to one file", MaxLinks)
 		}
-		in.node.links++
-		parent.dir.entries[strings.Clone(name)] = in.node
+		n.links++
+		w.names.insert(parent, name, in.node)
 		return nil
 	}
-	if len(w.nodes) >= 1<<32-16 {
-		return errors.New("too many inodes")
-	}
-	n, err := newNode(in)
+	n, err := w.newNode(in)
 	if err != nil {
 		return err
 	}
-	if c := n.content; c != nil {
-		switch {
-		case c.writer != w:
-			return errors.New("content belongs to another image")
-		case c.dead:
-			return errors.New("content was discarded")
-		case c.owner != nil:
-			return errors.New("content belongs to another file")
-		}
-		c.owner = n
-	}
 	if n.isDir() {
-		n.dir.parent = parent
-		parent.dir.subdirs++
+		d := w.names.dirs.at(parent)
+		d.subdirs++
+		n.a = w.names.dirs.add(dir{node: w.nodes.len(), parent: d.node})
 	} else {
 		n.links = 1
 	}
-	in.writer, in.node = w, n
-	w.nodes = append(w.nodes, n)
-	parent.dir.entries[strings.Clone(name)] = n
+	in.writer, in.node = w, w.nodes.add(n)
+	w.names.insert(parent, name, in.node)
 	return nil
 }
 
 func (w *Writer) setRoot(in *Inode) error {
-	if in.node != nil {
+	if in.writer != nil {
 		return errors.New("inode has a name already")
 	}
-	n, err := newNode(in)
+	if in.Mode&disk.TypeMask != disk.TypeDir {
+		return errors.New("the root must be a directory")
+	}
+	n, err := w.newNode(in)
 	if err != nil {
 		return err
 	}
-	if !n.isDir() {
-		return errors.New("the root must be a directory")
-	}
-	// Children know the root by its address, so it stays.
-	n.dir = w.root.dir
-	*w.root = *n
-	in.writer, in.node = w, w.root
+	root := w.nodes.at(0)
+	n.a = root.a
+	*root = n
+	in.writer, in.node = w, 0
 	return nil
 }
 
-// locate finds the directory that a new path goes to.
-func (w *Writer) locate(path string) (parent *node, name string, err error) {
+// locate finds the directory, by its index in dirs, that a new path goes to.
+func (w *Writer) locate(path string) (parent uint32, name string, err error) {
 	dir := ""
 	if i := strings.LastIndexByte(path, '/'); i >= 0 {
 		if dir, name = path[:i], path[i+1:]; dir == "" {
-			return nil, "", errors.New("absolute path")
+			return 0, "", errors.New("absolute path")
 		}
 	} else {
 		name = path
 	}
 	if err := checkName(name); err != nil {
-		return nil, "", err
+		return 0, "", err
 	}
-	parent = w.root
-	if w.lastDir != nil && dir == w.lastPath {
+	if dir != "" && dir == w.lastPath {
 		parent = w.lastDir
 	} else if dir != "" {
 		for part := range strings.SplitSeq(dir, "/") {
 			if err := checkName(part); err != nil {
-				return nil, "", err
+				return 0, "", err
 			}
-			child := parent.dir.entries[part]
+			child, ok := w.names.lookup(parent, part)
 			switch {
-			case child == nil:
-				return nil, "", fmt.Errorf("parent %q was not added", part)
-			case !child.isDir():
-				return nil, "", fmt.Errorf("parent %q is not a directory", part)
+			case !ok:
+				return 0, "", fmt.Errorf("parent %q was not added", part)
+			case !w.nodes.at(child).isDir():
+				return 0, "", fmt.Errorf("parent %q is not a directory", part)
 			}
-			parent = child
+			parent = w.nodes.at(child).a
 		}
 		w.lastPath, w.lastDir = strings.Clone(dir), parent
 	}
-	if parent.dir.entries[name] != nil {
-		return nil, "", errors.New("exists already")
+	if _, ok := w.names.lookup(parent, name); ok {
+		return 0, "", errors.New("exists already")
 	}
 	return parent, name, nil
 }

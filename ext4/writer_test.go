@@ -9,6 +9,7 @@ import (
 	"io"
 	"os"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -134,6 +135,82 @@ func TestAttributes(t *testing.T) {
 	roundTrip(t, files, params(64<<20))
 }
 
+// Values that the inode and its block cannot hold lie in inodes of their own.
+func TestLargeXattrs(t *testing.T) {
+	value := func(n, seed int) []byte { return bytes.Repeat([]byte{byte(seed), 0, 0, 7, 1}, n/5+1)[:n] }
+	files := tree{}
+	for _, n := range []int{4041, 8192, 8193, MaxXattrBytes - 1, MaxXattrBytes} {
+		files[fmt.Sprintf("one-%d", n)] = withXattrs(map[string][]byte{"user.abcd": value(n, 1)})
+	}
+	files["zeros"] = withXattrs(map[string][]byte{"user.abcd": make([]byte, 20000)})
+	files["same"] = withXattrs(map[string][]byte{"user.other": value(8192, 1), "user.again": value(8192, 1), "user.small": []byte("s")})
+	full := map[string][]byte{"user.empty": nil, "trusted.small": []byte("small\x80")}
+	for i := range 100 { // names of the inode and its block, and nearly all values elsewhere
+		full[fmt.Sprintf("user.name-%d\xff", i)] = value(100+i*500, i)
+	}
+	files["many"] = withXattrs(full)
+	for n := 190; n <= 207; n++ { // 20 bytes of name; the values are 4 bytes, and fit or not
+		set := map[string][]byte{}
+		for i := range n {
+			set[fmt.Sprintf("user.%03d", i)] = value(5+i%3, i)
+		}
+		files[fmt.Sprintf("names-%d", n)] = withXattrs(set)
+	}
+	d := directoryFile()
+	d.Xattrs = map[string][]byte{"user.dir": value(50000, 3)}
+	files["dir"] = d
+	link := symlink(70)
+	link.Xattrs = map[string][]byte{"trusted.link": value(5000, 4)}
+	files["dir/link"] = link
+	hard := withXattrs(map[string][]byte{"user.hard": value(6000, 5), "security.capability": {1, 0, 0, 2, 0, 4, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0}})
+	files["dir/hard-1"], files["hard-2"] = hard, hard
+	image := build(t, files, params(256<<20))
+	dir, unmount := e2fs.Mount(t, image, "ro")
+	for _, d := range compare(dir, files) {
+		t.Error(d)
+	}
+	unmount()
+	dump, _ := e2fs.Run(t, "dumpe2fs", "-h", image)
+	if !strings.Contains(dump, "ea_inode") {
+		t.Errorf("no feature ea_inode in\n%s", dump)
+	}
+	// And the kernel can let go of them, shared ones too.
+	dir, unmount = e2fs.Mount(t, image, "rw")
+	for path := range files {
+		if path != "dir" && path != "hard-2" {
+			must(t, os.Remove(dir+"/"+path))
+		}
+	}
+	must(t, syscall.Setxattr(dir+"/hard-2", "user.hard", value(7000, 6), 0))
+	unmount()
+	e2fs.Clean(t, image)
+	// Values within the block need no feature.
+	dump, _ = e2fs.Run(t, "dumpe2fs", "-h", build(t, tree{"f": withXattrs(map[string][]byte{"user.abcd": value(4040, 1)})}, params(1<<20)))
+	if strings.Contains(dump, "ea_inode") {
+		t.Errorf("feature ea_inode without need")
+	}
+}
+
+// A large value that has no place leaves nothing behind.
+func TestLargeXattrFails(t *testing.T) {
+	f := newImage(t)
+	w, err := NewWriter(f, Options{MaxSizeBytes: 1 << 20})
+	must(t, err)
+	set := map[string][]byte{}
+	for i := range 30 {
+		set[fmt.Sprintf("user.%d", i)] = bytes.Repeat([]byte{byte(i)}, 40000)
+	}
+	if err := w.Add("x", &Inode{Mode: 0o100644, Xattrs: set}); !errors.Is(err, ErrNoSpace) {
+		t.Fatalf("1.2 MB in 1 MiB: %v", err)
+	}
+	if n := w.UsedBytes(); n != 0 {
+		t.Errorf("%d bytes in use", n)
+	}
+	must(t, w.Add("x", &Inode{Mode: 0o100644, Xattrs: map[string][]byte{"user.a": make([]byte, 100)}}))
+	must(t, w.Finish(params(1<<20)))
+	e2fs.Clean(t, f.Name())
+}
+
 func TestBirthTime(t *testing.T) {
 	f := regular("x")
 	f.Crtime = time.Unix(5_000_000_000, 987654321)
@@ -158,13 +235,20 @@ func TestManyExtents(t *testing.T) {
 		f.pieces = append(f.pieces, piece{f.size, bytes.Repeat([]byte{byte(i) | 1}, 4097)})
 		f.size += 3 * 4096
 	}
-	image := build(t, tree{"f": f}, params(256<<20))
-	dir, _ := e2fs.Mount(t, image, "ro")
-	for _, d := range compare(dir, tree{"f": f}) {
-		t.Error(d)
-	}
+	image := newImage(t)
+	w, err := NewWriter(image, Options{})
+	must(t, err)
+	f.Content, err = w.Place(f.reader(), f.size)
+	must(t, err)
 	if n := len(f.Content.extents); n <= 4096 || n >= 7000 {
 		t.Errorf("%d extents", n)
+	}
+	must(t, w.Add("f", &f.Inode))
+	must(t, w.Finish(params(256<<20)))
+	e2fs.Clean(t, image.Name())
+	dir, _ := e2fs.Mount(t, image.Name(), "ro")
+	for _, d := range compare(dir, tree{"f": f}) {
+		t.Error(d)
 	}
 }
 
@@ -222,7 +306,12 @@ func TestRefused(t *testing.T) {
 	w.Discard(nil)
 	foreign := &Inode{Mode: 0o100644}
 	must(t, other.Add("f", foreign))
-	big := map[string][]byte{"user.abcd": make([]byte, 4041)}
+	big := map[string][]byte{"user.abcd": make([]byte, MaxXattrBytes+1)}
+	crowd := map[string][]byte{}
+	for i := range 204 { // 20 bytes each, of 88 and 4060
+		crowd[fmt.Sprintf("user.%03d", i)] = make([]byte, 4)
+	}
+	crowd["user.0"] = nil
 	for _, c := range []struct {
 		row, path string
 		n         *Inode
@@ -257,7 +346,8 @@ func TestRefused(t *testing.T) {
 		{"minor 2^20", "x", &Inode{Mode: 0o060644, Minor: 1 << 20}, "12 and 20 bits"},
 		{"time before", "x", &Inode{Mode: 0o100644, Mtime: time.Unix(-1<<31-1, 999999999)}, "1901"},
 		{"time after", "x", &Inode{Mode: 0o100644, Crtime: time.Unix(1<<34-1<<31, 0)}, "2446"},
-		{"xattr too large", "x", &Inode{Mode: 0o100644, Xattrs: big}, "more than the 4060"},
+		{"xattr 65537", "x", &Inode{Mode: 0o100644, Xattrs: big}, "more than 65536"},
+		{"xattr names", "x", &Inode{Mode: 0o100644, Xattrs: crowd}, "more than the 4148"},
 		{"xattr namespace", "x", &Inode{Mode: 0o100644, Xattrs: map[string][]byte{"system.data": nil}}, "namespaces"},
 		{"xattr no name", "x", &Inode{Mode: 0o100644, Xattrs: map[string][]byte{"user.": nil}}, "nothing after"},
 		{"xattr name 256", "x", &Inode{Mode: 0o100644, Xattrs: map[string][]byte{"user." + strings.Repeat("n", 251): nil}}, "more than 255"},

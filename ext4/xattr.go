@@ -3,6 +3,7 @@ package ext4
 import (
 	"bytes"
 	"cmp"
+	"crypto/sha256"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -20,6 +21,8 @@ type xattrSet struct {
 	block []byte    // for a block, without checksum, without the free middle; or nil
 	tail  []byte    // the values of that block, which end where it ends
 	large []eaValue // values that lie in inodes of their own: see link
+	// What those values add to i_blocks of the inode, as if they were its own.
+	largeSectors uint64
 }
 
 // eaValue is a value for an EA inode (the ea_inode feature).
@@ -125,14 +128,14 @@ func (g *geometry) encodeXattrs(set map[string][]byte, bodySize int) (*xattrSet,
 	if inBody != nil {
 		s.body = make([]byte, bodySize)
 		le.PutUint32(s.body, disk.XattrMagic)
-		s.putEntries(s.body, 4, 4, inBody)
+		s.putEntries(g, s.body, 4, 4, inBody)
 	}
 	if inBlock != nil {
 		b := make([]byte, g.blockSize)
 		le.PutUint32(b[0:], disk.XattrMagic)
 		le.PutUint32(b[4:], 1) // owners
 		le.PutUint32(b[8:], 1) // blocks
-		entries, values := s.putEntries(b, 0, disk.XattrBlockHeader, inBlock)
+		entries, values := s.putEntries(g, b, 0, disk.XattrBlockHeader, inBlock)
 		s.block = bytes.Clone(b[:entries])
 		s.tail = bytes.Clone(b[values:])
 	}
@@ -177,12 +180,13 @@ func (g *geometry) divideXattrs(list []xattr, bodyRoom, blockRoom int) (inBody, 
 // the end of area. Offsets of values count from base in a block and from the
 // first entry in a body; entries in a block carry a hash, those in a body none
 // but for large values, as the kernel has it.
-func (s *xattrSet) putEntries(area []byte, base, at int, list []xattr) (entriesEnd, valuesStart int) {
+func (s *xattrSet) putEntries(g *geometry, area []byte, base, at int, list []xattr) (entriesEnd, valuesStart int) {
 	end := len(area)
 	for _, x := range list {
 		e := area[at:]
 		if x.large {
 			s.large = append(s.large, eaValue{x.value, base > 0, at})
+			s.largeSectors += uint64(ceilDiv(len(x.value), g.blockSize) * g.blockSize / disk.SectorSize)
 		} else if len(x.value) > 0 {
 			end -= align4(len(x.value))
 			copy(area[end:], x.value)
@@ -304,4 +308,134 @@ func encodeACL(v []byte) ([]byte, error) {
 		return nil, errors.New("acl: an entry for owner, group, mask or others is missing")
 	}
 	return acl, nil
+}
+
+// storedXattrs is an xattrSet as a Writer keeps it: what the free middles
+// leave, in text.
+type storedXattrs struct {
+	at                                      uint32 // in text: body, its tail, block, its tail
+	body, bodyTail, block, blockTail, nRefs uint16 // bytes; number of refs
+	refs                                    uint32 // first in eaInodes.refs
+}
+
+// eaRef says that a large value is that of an EA inode.
+type eaRef struct {
+	eaValue        // without the value
+	inode   uint32 // in eaInodes
+}
+
+// eaInode holds one large value for every inode that has it.
+type eaInode struct {
+	sum     [sha256.Size]byte
+	content storedContent
+	crc     uint32 // of the value, unseeded
+	refs    uint64 // not 0
+}
+
+type eaInodes struct {
+	inodes  []eaInode
+	refs    []eaRef
+	byValue map[[sha256.Size]byte]uint32
+}
+
+const maxEAInodes = 1 << 19
+
+// keepXattrs stores a set and places its large values. It gives one more than
+// the index.
+func (w *Writer) keepXattrs(s *xattrSet) (uint32, error) {
+	if len(w.ea.inodes)+len(s.large) > maxEAInodes {
+		return 0, fmt.Errorf("xattrs: more than %d large values in one image", maxEAInodes)
+	}
+	k := storedXattrs{refs: uint32(len(w.ea.refs))}
+	for _, v := range s.large {
+		i, err := w.keepValue(v.value)
+		if err != nil {
+			w.forgetValues(k.refs)
+			return 0, err
+		}
+		v.value = nil
+		w.ea.refs = append(w.ea.refs, eaRef{v, i})
+		w.ea.inodes[i].refs++
+		k.nRefs++
+	}
+	var body, bodyTail []byte
+	if s.body != nil {
+		at := 4
+		for s.body[at] != 0 || s.body[at+1] != 0 {
+			at += xattrEntrySize(int(s.body[at]))
+		}
+		body, bodyTail = s.body[:at], bytes.TrimLeft(s.body[at:], "\x00")
+	}
+	k.body, k.bodyTail, k.block, k.blockTail = uint16(len(body)), uint16(len(bodyTail)), uint16(len(s.block)), uint16(len(s.tail))
+	k.at = w.names.text.put(string(body), string(bodyTail), string(s.block), string(s.tail))
+	return w.xattrs.add(k) + 1, nil
+}
+
+// keepValue places a value, which no hole may interrupt, once.
+func (w *Writer) keepValue(value []byte) (uint32, error) {
+	sum := sha256.Sum256(value)
+	if i, ok := w.ea.byValue[sum]; ok {
+		return i, nil
+	}
+	c := newContent(w, int64(len(value)))
+	if err := w.placeWhole(c, value); err != nil {
+		return 0, err
+	}
+	w.live += c.blocks()
+	if w.ea.byValue == nil {
+		w.ea.byValue = make(map[[sha256.Size]byte]uint32)
+	}
+	i := uint32(len(w.ea.inodes))
+	w.ea.byValue[sum] = i
+	w.ea.inodes = append(w.ea.inodes, eaInode{sum: sum, content: storedContent{c.size, c.extents}, crc: disk.CRC32C(0, value)})
+	return i, nil
+}
+
+// forgetValues takes back refs from the given one on. The values that nothing
+// refers to any more are the last.
+func (w *Writer) forgetValues(refs uint32) {
+	for _, ref := range w.ea.refs[refs:] {
+		w.ea.inodes[ref.inode].refs--
+	}
+	w.ea.refs = w.ea.refs[:refs]
+	for n := len(w.ea.inodes); n > 0 && w.ea.inodes[n-1].refs == 0; n-- {
+		last := &w.ea.inodes[n-1]
+		delete(w.ea.byValue, last.sum)
+		w.live -= uint64(ceilDiv(last.content.size, disk.BlockSize))
+		w.ea.inodes = w.ea.inodes[:n-1]
+	}
+}
+
+// load gives back what keepXattrs stored, with its large values linked: inode
+// numbers of EA inodes count from firstEA.
+func (w *Writer) loadXattrs(index uint32, g *geometry, firstEA uint32) *xattrSet {
+	k := w.xattrs.at(index - 1)
+	at := k.at
+	next := func(n uint16) []byte {
+		if n == 0 {
+			return nil
+		}
+		at += uint32(n)
+		return []byte(w.names.text.get(at-uint32(n), int(n)))
+	}
+	s := new(xattrSet)
+	body, bodyTail := next(k.body), next(k.bodyTail)
+	s.block, s.tail = next(k.block), next(k.blockTail)
+	if len(body) > 0 {
+		s.body = make([]byte, xattrBodySize)
+		copy(s.body, body)
+		copy(s.body[xattrBodySize-len(bodyTail):], bodyTail)
+	}
+	for i, ref := range w.ea.refs[k.refs:][:k.nRefs] {
+		s.large = append(s.large, ref.eaValue)
+		s.largeSectors += uint64(ceilDiv(w.ea.inodes[ref.inode].content.size, disk.BlockSize) * disk.SectorsPerBlock)
+		s.link(i, firstEA+ref.inode, w.ea.inodes[ref.inode].hash(g))
+	}
+	return s
+}
+
+// hash is the CRC32C of the value with the file system's seed, which was not
+// known when the value was placed: the seed's part is that of as many zeros.
+func (e *eaInode) hash(g *geometry) uint32 {
+	return e.crc ^ disk.CRC32C(g.seed, zeros[:e.content.size])
 }

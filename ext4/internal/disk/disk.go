@@ -13,7 +13,8 @@ import (
 // The one geometry this module writes.
 const (
 	BlockSize        = 4096 // bytes
-	SectorsPerBlock  = BlockSize / 512
+	SectorSize       = 512  // bytes, the unit of i_blocks
+	SectorsPerBlock  = BlockSize / SectorSize
 	BlocksPerGroup   = 8 * BlockSize // one bitmap block's worth
 	InodeSize        = 256           // bytes
 	InodesPerBlock   = BlockSize / InodeSize
@@ -42,6 +43,7 @@ const (
 	IncompatExtents  = 0x40
 	Incompat64bit    = 0x80
 	IncompatFlexBG   = 0x200
+	IncompatEAInode  = 0x400
 
 	ROCompatSparseSuper  = 0x1
 	ROCompatLargeFile    = 0x2
