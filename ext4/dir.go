@@ -3,6 +3,7 @@ package ext4
 import (
 	"cmp"
 	"fmt"
+	"iter"
 	"slices"
 	"strings"
 
@@ -12,10 +13,8 @@ import (
 // dirEntry is a name in a directory. The dot entries are never among them.
 type dirEntry struct {
 	name     string
-	hash     nameHash // set by layoutDir where there is an index
 	ino      uint32
-	entry    uint32 // the Writer's own: one more than the index in names.entries, or 0
-	fileType byte   // from disk.DirFileType; left out where the geometry has none
+	fileType byte // from disk.DirFileType; left out where the geometry has none
 }
 
 const dotEntrySize = 12
@@ -27,72 +26,122 @@ func dirEntrySize(n int) int { return disk.DirEntryHeader + align4(n) }
 // names alone; inode numbers may be filled in until put.
 type dirLayout struct {
 	g                        *geometry
-	self, parent, generation uint32     // inode numbers; the directory's i_generation
-	entries                  []dirEntry // by hash when indexed, else by name
-	starts                   []int      // first entry of each leaf
-	nodes                    int        // index blocks below the root, 0 or more
+	self, parent, generation uint32 // inode numbers; the directory's i_generation
 	indexed                  bool
+	leaves                   []dirLeaf
+	nodes                    int // index blocks below the root, 0 or more
 	blocks                   int // may be raised where there is no index: they are empty then
+	// entries gives those of a leaf. Indexes rise from call to call, when put
+	// is called for the blocks in order.
+	entries func(leaf int) []dirEntry
 }
 
-// layoutDir sorts entries, which it keeps, and divides them into blocks. One
-// block, or a file system without dir_index, makes a list; else it is an htree
-// (Documentation/filesystems/ext4/directory.rst) of at most two levels.
+type dirLeaf struct {
+	entries int
+	hash    uint32 // least one, with the lowest bit set if it began in the leaf before; 0 for the first
+}
+
+// indexes tells whether a directory has an htree, whose entries take so many
+// bytes as dirEntrySize counts.
+func (g *geometry) indexes(bytes uint64) bool {
+	return g.dirIndex && 2*dotEntrySize+bytes > uint64(g.dirRoom())
+}
+
+// layoutDir sorts entries, which it keeps, and lays them out.
 func (g *geometry) layoutDir(entries []dirEntry) (*dirLayout, error) {
-	d := &dirLayout{g: g, entries: entries}
-	bytes := 2 * dotEntrySize
+	bytes := uint64(0)
 	for i := range entries {
-		bytes += dirEntrySize(len(entries[i].name))
+		bytes += uint64(dirEntrySize(len(entries[i].name)))
 	}
-	if bytes <= g.dirRoom() || !g.dirIndex {
+	indexed := g.indexes(bytes)
+	if indexed {
+		keys := make([]dirKey, len(entries))
+		for i := range entries {
+			keys[i] = dirKey{g.hash.sum(entries[i].name), uint32(i)}
+		}
+		sortKeys(keys, func(i uint32) string { return entries[i].name })
+		sorted := make([]dirEntry, len(entries))
+		for i, k := range keys {
+			sorted[i] = entries[k.entry]
+		}
+		copy(entries, sorted)
+	} else {
 		slices.SortFunc(entries, func(a, b dirEntry) int { return strings.Compare(a.name, b.name) })
-		d.starts = g.leaves(entries, 2*dotEntrySize)
-		d.blocks = len(d.starts)
-		return d, nil
 	}
-	d.indexed = true
-	for i := range entries {
-		entries[i].hash = g.hash.sum(entries[i].name)
-	}
-	slices.SortFunc(entries, func(a, b dirEntry) int {
-		if a.hash.major != b.hash.major {
-			return cmp.Compare(a.hash.major, b.hash.major)
+	d, err := g.divideDir(indexed, func(yield func(string) bool) {
+		for i := range entries {
+			if !yield(entries[i].name) {
+				return
+			}
 		}
-		return cmp.Or(cmp.Compare(a.hash.minor, b.hash.minor), strings.Compare(a.name, b.name))
 	})
-	d.starts = g.leaves(entries, 0)
-	if len(d.starts) > g.indexRootLimit() {
-		d.nodes = ceilDiv(len(d.starts), g.indexNodeLimit())
-		if d.nodes > g.indexRootLimit() {
-			return nil, fmt.Errorf("directory of %d entries: more than an index of two levels holds, and three (large_dir) are not written", len(entries))
-		}
+	if err != nil {
+		return nil, err
 	}
-	d.blocks = 1 + d.nodes + len(d.starts)
+	starts := make([]int, len(d.leaves)+1)
+	for i, l := range d.leaves {
+		starts[i+1] = starts[i] + l.entries
+	}
+	d.entries = func(leaf int) []dirEntry { return entries[starts[leaf]:starts[leaf+1]] }
 	return d, nil
 }
 
-// leaves fills blocks with entries, of which the first has used bytes already,
-// and gives the first entry of each. There is at least one.
-func (g *geometry) leaves(entries []dirEntry, used int) []int {
-	starts, room := []int{0}, g.dirRoom()
-	for i := range entries {
-		size := dirEntrySize(len(entries[i].name))
-		if used += size; used > room {
-			starts, used = append(starts, i), size
-		}
-	}
-	return starts
+// dirKey orders an entry of an indexed directory nearly always without its name.
+type dirKey struct {
+	hash  nameHash
+	entry uint32 // as the caller numbers them
 }
 
-// leaf gives the entries of leaf i, none past the last.
-func (d *dirLayout) leaf(i int) []dirEntry {
-	switch {
-	case i >= len(d.starts):
-		return nil
-	case i == len(d.starts)-1:
-		return d.entries[d.starts[i]:]
+func sortKeys(keys []dirKey, name func(entry uint32) string) {
+	slices.SortFunc(keys, func(a, b dirKey) int {
+		if a.hash.major != b.hash.major {
+			return cmp.Compare(a.hash.major, b.hash.major)
+		}
+		if a.hash.minor != b.hash.minor {
+			return cmp.Compare(a.hash.minor, b.hash.minor)
+		}
+		return strings.Compare(name(a.entry), name(b.entry))
+	})
+}
+
+// divideDir divides names, in the order of their hashes or any if there is no
+// index, into blocks: a list, or an htree of at most two levels
+// (Documentation/filesystems/ext4/directory.rst). The entries are missing.
+func (g *geometry) divideDir(indexed bool, names iter.Seq[string]) (*dirLayout, error) {
+	d := &dirLayout{g: g, indexed: indexed, leaves: make([]dirLeaf, 1)}
+	used, room := 0, g.dirRoom()
+	if !indexed {
+		used = 2 * dotEntrySize
 	}
-	return d.entries[d.starts[i]:d.starts[i+1]]
+	before, count := "", 0
+	for name := range names {
+		size := dirEntrySize(len(name))
+		if used += size; used > room {
+			l := dirLeaf{}
+			if indexed {
+				l.hash = g.hash.sum(name).major
+				if g.hash.sum(before).major == l.hash {
+					l.hash |= 1
+				}
+			}
+			d.leaves, used = append(d.leaves, l), size
+		}
+		d.leaves[len(d.leaves)-1].entries++
+		before = name
+		count++
+	}
+	d.blocks = len(d.leaves)
+	if !indexed {
+		return d, nil
+	}
+	if len(d.leaves) > g.indexRootLimit() {
+		d.nodes = ceilDiv(len(d.leaves), g.indexNodeLimit())
+		if d.nodes > g.indexRootLimit() {
+			return nil, fmt.Errorf("directory of %d entries: more than an index of two levels holds, and three (large_dir) are not written", count)
+		}
+	}
+	d.blocks += 1 + d.nodes
+	return d, nil
 }
 
 // put fills the zeroed b, one block long, with logical block i.
@@ -101,46 +150,36 @@ func (d *dirLayout) put(b []byte, i int) {
 	switch {
 	case !d.indexed && i == 0:
 		room := dotEntrySize
-		if len(d.leaf(0)) == 0 {
+		if d.leaves[0].entries == 0 {
 			room = d.g.dirRoom() - dotEntrySize
 		}
 		d.putDots(b, room)
-		d.putLeaf(b, 2*dotEntrySize, d.leaf(0), seed)
+		d.putLeaf(b, 2*dotEntrySize, 0, seed)
 	case !d.indexed:
-		d.putLeaf(b, 0, d.leaf(i), seed)
+		d.putLeaf(b, 0, i, seed)
 	case i == 0:
 		d.putDots(b, d.g.blockSize-dotEntrySize)
-		levels, pointers, step := 0, len(d.starts), 1 // to leaves
+		levels, pointers, step := 0, len(d.leaves), 1 // to leaves
 		if d.nodes > 0 {
 			levels, pointers, step = 1, d.nodes, d.g.indexNodeLimit()
 		}
 		disk.PutIndexRootInfo(b, d.g.hash.version, levels)
 		for j := range pointers {
-			disk.PutIndexEntry(b, disk.IndexRootAt, j, d.leafHash(j*step), uint32(1+j))
+			disk.PutIndexEntry(b, disk.IndexRootAt, j, d.leaves[j*step].hash, uint32(1+j))
 		}
 		d.sealIndex(b, disk.IndexRootAt, pointers, d.g.indexRootLimit(), seed)
 	case i <= d.nodes:
 		disk.PutDirEntry(b, 0, d.g.blockSize, 0, "")
 		limit := d.g.indexNodeLimit()
 		from := (i - 1) * limit
-		pointers := min(limit, len(d.starts)-from)
+		pointers := min(limit, len(d.leaves)-from)
 		for j := range pointers {
-			disk.PutIndexEntry(b, disk.IndexNodeAt, j, d.leafHash(from+j), uint32(1+d.nodes+from+j))
+			disk.PutIndexEntry(b, disk.IndexNodeAt, j, d.leaves[from+j].hash, uint32(1+d.nodes+from+j))
 		}
 		d.sealIndex(b, disk.IndexNodeAt, pointers, limit, seed)
 	default:
-		d.putLeaf(b, 0, d.leaf(i-1-d.nodes), seed)
+		d.putLeaf(b, 0, i-1-d.nodes, seed)
 	}
-}
-
-// leafHash is the hash that an index has for a leaf.
-func (d *dirLayout) leafHash(i int) uint32 {
-	from := d.starts[i]
-	hash := d.entries[from].hash.major
-	if from > 0 && d.entries[from-1].hash.major == hash {
-		hash |= 1 // this hash began in the leaf before
-	}
-	return hash
 }
 
 func (d *dirLayout) sealIndex(b []byte, at, count, limit int, seed uint32) {
@@ -163,8 +202,13 @@ func (d *dirLayout) putEntry(b []byte, ino uint32, recLen int, fileType byte, na
 }
 
 // putLeaf writes entries from offset at, the last one reaching to the tail.
-func (d *dirLayout) putLeaf(b []byte, at int, entries []dirEntry, seed uint32) {
+// Past the last leaf there are none.
+func (d *dirLayout) putLeaf(b []byte, at, leaf int, seed uint32) {
 	room := d.g.dirRoom()
+	var entries []dirEntry
+	if leaf < len(d.leaves) && d.leaves[leaf].entries > 0 {
+		entries = d.entries(leaf)
+	}
 	if len(entries) == 0 && at == 0 {
 		disk.PutDirEntry(b, 0, room, 0, "")
 	}

@@ -130,7 +130,7 @@ func (f *finisher) writeInodes() error {
 		var err error
 		switch {
 		case ino == disk.RootIno:
-			err = f.putNode(0)
+			err = f.putNode(rootNode)
 		case ino == disk.JournalIno && f.l.journal > 0:
 			err = f.putJournal()
 		default:
@@ -140,13 +140,11 @@ func (f *finisher) writeInodes() error {
 			return err
 		}
 	}
-	if f.s.lostFound {
-		if err := f.putLostFound(); err != nil {
-			return err
-		}
-	}
 	n := f.w.nodes.len()
-	for i := uint32(1); i < n; i++ {
+	for i := uint32(madeNode); i < n; i++ {
+		if i == madeNode && !f.s.lostFound {
+			continue
+		}
 		if err := f.putNode(i); err != nil {
 			return err
 		}
@@ -256,30 +254,36 @@ func (f *finisher) putXattrs(in *disk.Inode, index uint32) error {
 // putDir makes in the inode of a directory, whose blocks it writes.
 func (f *finisher) putDir(in *disk.Inode, dir, ino uint32) error {
 	d := f.w.names.dirs.at(dir)
-	l, err := f.geo.layoutDir(f.w.list(dir, f.s))
+	var l *dirLayout
+	var err error
+	next := f.w.names.walk(d, !f.s.lostFound)
+	list := func(n int) []dirEntry {
+		f.w.scratch = f.w.scratch[:0]
+		for e := next(); e != nil; e = next() {
+			f.w.scratch = append(f.w.scratch, dirEntry{f.w.names.nameOf(e), f.s.ino(e.child), disk.DirFileType(f.w.nodes.at(e.child).mode)})
+			if len(f.w.scratch) == n {
+				break
+			}
+		}
+		return f.w.scratch
+	}
+	if f.w.indexed(d) { // survey has sorted it, and one leaf at a time is enough
+		if l, err = f.geo.divideDir(true, f.w.names.in(d, !f.s.lostFound)); err == nil {
+			l.entries = func(leaf int) []dirEntry { return list(l.leaves[leaf].entries) }
+		}
+	} else {
+		l, err = f.geo.layoutDir(list(int(d.entries)))
+	}
 	if err != nil {
 		return err
 	}
-	l.self, l.parent = ino, f.s.ino(d.parent)
+	l.self, l.parent, l.blocks = ino, f.s.ino(d.parent), int(d.blocks)
 	subdirs := d.subdirs
-	if dir == 0 && f.s.lostFound {
+	if dir == rootDir && f.s.lostFound {
 		subdirs++
 	}
 	in.Links = dirLinks(subdirs)
 	return f.putDirBlocks(in, l)
-}
-
-func (f *finisher) putLostFound() error {
-	in := disk.Inode{Mode: disk.TypeDir | 0o700, Links: 2, Atime: f.now, Mtime: f.now, Ctime: f.now, Birth: f.now}
-	l, err := f.geo.layoutDir(nil)
-	if err != nil {
-		return err
-	}
-	l.self, l.parent, l.blocks = disk.FirstIno, disk.RootIno, lostFoundBlocks
-	if err := f.putDirBlocks(&in, l); err != nil {
-		return err
-	}
-	return f.putInode(&in, l.self)
 }
 
 func (f *finisher) putDirBlocks(in *disk.Inode, l *dirLayout) error {

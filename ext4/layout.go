@@ -27,12 +27,12 @@ type survey struct {
 // ino is the inode number of a node.
 func (s *survey) ino(n uint32) uint32 {
 	switch {
-	case n == 0:
+	case n == rootNode:
 		return disk.RootIno
 	case s.lostFound:
-		return disk.FirstIno + n
+		return disk.FirstIno + n - madeNode
 	}
-	return disk.FirstIno + n - 1
+	return disk.FirstIno + n - madeNode - 1
 }
 
 // survey measures the directories and finds the gaps. Its result holds until
@@ -42,13 +42,9 @@ func (w *Writer) survey(p *Params) (*survey, error) {
 	if w.surveyed != nil && w.surveyed.hash == hash {
 		return w.surveyed, nil
 	}
-	_, exists := w.names.lookup(0, lostFoundName)
+	_, exists := w.names.lookup(rootDir, lostFoundName)
 	s := &survey{hash: hash, lostFound: !exists}
-	s.inodes = disk.FirstIno - 1 + uint64(w.nodes.len()) - 1 + uint64(len(w.ea.inodes))
-	if s.lostFound {
-		s.inodes++
-		s.needBlock += lostFoundBlocks
-	}
+	s.inodes = uint64(s.ino(w.nodes.len())) - 1 + uint64(len(w.ea.inodes))
 	if err := w.surveyDirs(s); err != nil {
 		return nil, err
 	}
@@ -96,18 +92,20 @@ func (w *Writer) surveyDirs(s *survey) error {
 	g.hash = s.hash
 	for i := range w.names.dirs.len() {
 		d := w.names.dirs.at(i)
-		d.blocks = 1
-		bytes := d.bytes
-		if i == 0 && s.lostFound {
-			bytes += uint64(dirEntrySize(len(lostFoundName)))
-		}
-		if 2*dotEntrySize+bytes > uint64(g.dirRoom()) {
-			l, err := g.layoutDir(w.list(i, s))
+		switch {
+		case i == madeDir && !s.lostFound:
+			continue
+		case i == madeDir:
+			d.blocks = lostFoundBlocks
+		case w.indexed(d):
+			w.names.sort(d, &g.hash)
+			l, err := g.divideDir(true, w.names.in(d, !s.lostFound))
 			if err != nil {
 				return err
 			}
-			w.names.relink(d, l.entries)
 			d.blocks = uint32(l.blocks)
+		default:
+			d.blocks = 1
 		}
 		s.needBlock += uint64(d.blocks)
 		if d.blocks > disk.ExtentsInInode {
@@ -117,30 +115,9 @@ func (w *Writer) surveyDirs(s *survey) error {
 	return nil
 }
 
-// list gives the entries of a directory, lost+found among them where it is
-// made, in the order of their links. They hold until the next call.
-func (w *Writer) list(dir uint32, s *survey) []dirEntry {
-	list := w.scratch[:0]
-	d := w.names.dirs.at(dir)
-	if n := int(d.entries) + 1; cap(list) < n {
-		list = make([]dirEntry, 0, n)
-	}
-	for i := d.head; i != 0; {
-		e := w.names.entries.at(i - 1)
-		list = append(list, dirEntry{
-			name:     w.names.nameOf(e),
-			ino:      s.ino(e.child),
-			entry:    i,
-			fileType: disk.DirFileType(w.nodes.at(e.child).mode),
-		})
-		i = e.next
-	}
-	if dir == 0 && s.lostFound {
-		list = append(list, dirEntry{name: lostFoundName, ino: disk.FirstIno, fileType: disk.DirFileType(disk.TypeDir)})
-	}
-	w.scratch = list
-	return list
-}
+// indexed tells whether a directory gets an htree. The root counts lost+found
+// whoever brings it, or twice.
+func (w *Writer) indexed(d *dir) bool { return writerGeometry.indexes(d.bytes) }
 
 // bitmap has one bit for each block.
 type bitmap []uint64

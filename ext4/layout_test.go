@@ -9,9 +9,9 @@ import (
 	"io"
 	"math/rand/v2"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"regexp"
-	"runtime"
 	"strconv"
 	"strings"
 	"syscall"
@@ -279,37 +279,66 @@ func TestMinSize(t *testing.T) {
 	}
 }
 
-// Memory grows with the entries only, and not much.
+// What a whole build needs resident, in a process of its own, from the first
+// call to the last: at most 32 MiB and 100 bytes for an entry with a name of
+// some 15 bytes. EXT4_MILLION=1 adds a row.
 func TestMemory(t *testing.T) {
-	const entries = 100_000
-	heap := func() uint64 {
-		runtime.GC()
-		var m runtime.MemStats
-		runtime.ReadMemStats(&m)
-		return m.HeapAlloc
-	}
-	f := newImage(t)
-	before := heap()
-	w, err := NewWriter(f, Options{})
-	must(t, err)
-	for i := range entries {
-		dir := fmt.Sprintf("dir%d", i/100)
-		if i%100 == 0 {
-			must(t, w.Add(dir, &Inode{Mode: 0o040755}))
-			continue
+	const perEntry, fixed = 100, 32 << 20
+	const child = "EXT4_MEMORY_CHILD"
+	shapes := []struct {
+		name     string
+		inOneDir int
+	}{{"directories of 50", 50}, {"one directory", 1 << 30}}
+	if arg := os.Getenv(child); arg != "" {
+		var shape, entries int
+		if _, err := fmt.Sscan(arg, &shape, &entries); err != nil {
+			t.Fatal(err)
 		}
-		c, err := w.Place(strings.NewReader("x"), 1)
+		f := newImage(t)
+		w, err := NewWriter(f, Options{})
 		must(t, err)
-		must(t, w.Add(fmt.Sprintf("%s/file-%d", dir, i), &Inode{Mode: 0o100644, Content: c}))
+		dir := ""
+		for i := range entries {
+			if i%shapes[shape].inOneDir == 0 {
+				dir = fmt.Sprintf("directory-%06d", i)
+				must(t, w.Add(dir, &Inode{Mode: 0o040755}))
+				continue
+			}
+			c, err := w.Place(strings.NewReader("x"), 1)
+			must(t, err)
+			must(t, w.Add(fmt.Sprintf("%s/file-%06d.txt", dir, i), &Inode{Mode: 0o100644, Content: c, Mtime: testTime}))
+		}
+		p := params(0)
+		p.SizeBytes, err = w.MinSizeBytes(p)
+		must(t, err)
+		must(t, w.Finish(p))
+		// Not ru_maxrss, which begins with that of the parent.
+		status, err := os.ReadFile("/proc/self/status")
+		must(t, err)
+		fmt.Printf("\n%s\n", regexp.MustCompile(`VmHWM:.*`).Find(status))
+		return
 	}
-	_, err = w.MinSizeBytes(params(0))
-	must(t, err)
-	if each := (heap() - before) / entries; each > 500 {
-		t.Errorf("%d bytes for each entry", each)
-	} else {
-		t.Logf("%d bytes for each entry", each)
+	counts := []int{100_000}
+	if os.Getenv("EXT4_MILLION") != "" {
+		counts = append(counts, 1_000_000)
 	}
-	runtime.KeepAlive(w)
+	for shape, s := range shapes {
+		for _, entries := range counts {
+			cmd := exec.Command(os.Args[0], "-test.run=^TestMemory$")
+			cmd.Env = append(os.Environ(), fmt.Sprintf("%s=%d %d", child, shape, entries))
+			out, err := cmd.CombinedOutput()
+			hwm := regexp.MustCompile(`VmHWM:\s+(\d+) kB`).FindSubmatch(out)
+			if err != nil || hwm == nil {
+				t.Fatalf("%v\n%s", err, out)
+			}
+			resident, _ := strconv.Atoi(string(hwm[1]))
+			resident <<= 10
+			t.Logf("%s, %d entries: %.1f MiB resident, %d bytes an entry above 10 MiB", s.name, entries, float64(resident)/(1<<20), (resident-10<<20)/entries)
+			if most := fixed + entries*perEntry; resident > most {
+				t.Errorf("%s, %d entries: %d bytes resident, more than %d", s.name, entries, resident, most)
+			}
+		}
+	}
 }
 
 // Every kind of metadata is under a checksum that e2fsck checks: flip one

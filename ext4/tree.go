@@ -2,6 +2,7 @@ package ext4
 
 import (
 	"hash/maphash"
+	"iter"
 	"strings"
 
 	"banger/ext4/internal/disk"
@@ -17,8 +18,8 @@ import (
 //	           │      v
 //	           └─── nodes ──extra──> extras ──> contents, xattrs
 
-// node is an inode but for its number, which follows from its index: the root
-// is node 0, the others are in the order of Add.
+// node is an inode but for its number, which follows from its index: rootNode,
+// madeNode, then those that were added, in that order.
 type node struct {
 	uid, gid uint32
 	mtime    disk.Timestamp // and every other time that is set, unless extra says otherwise
@@ -32,6 +33,13 @@ type node struct {
 }
 
 const (
+	rootNode = 0
+	// madeNode is lost+found, which has a link in the root's list as the
+	// first of all entries, but cannot be looked up; where the tree brings
+	// one of its own, survey and Finish pass over it.
+	madeNode, madeEntry = 1, 0
+	rootDir, madeDir    = 0, 1 // in dirs
+
 	extraBits = 28
 	extraMask = 1<<extraBits - 1
 )
@@ -126,12 +134,18 @@ func (t *names) insert(in uint32, name string, child uint32) {
 	if n := uint64(t.entries.len()); n*4 >= uint64(len(t.slots))*3 {
 		t.grow()
 	}
+	index := t.link(in, name, child)
+	t.take(t.hash(in, name), index)
+}
+
+// link adds a name to a directory's list, where it cannot be looked up yet.
+func (t *names) link(in uint32, name string, child uint32) (index uint32) {
 	d := t.dirs.at(in)
-	index := t.entries.add(entry{name: t.text.put(string([]byte{byte(len(name))}), name), child: child, dir: in, next: d.head})
+	index = t.entries.add(entry{name: t.text.put(string([]byte{byte(len(name))}), name), child: child, dir: in, next: d.head})
 	d.head = index + 1
 	d.entries++
 	d.bytes += uint64(dirEntrySize(len(name)))
-	t.take(t.hash(in, name), index)
+	return index
 }
 
 func (t *names) take(hash uint64, index uint32) {
@@ -143,21 +157,51 @@ func (t *names) take(hash uint64, index uint32) {
 	t.slots[i] = index + 1
 }
 
-// relink makes the order of a directory's entries that of list.
-func (t *names) relink(d *dir, list []dirEntry) {
+// sort puts the entries of a directory in the order of an htree.
+func (t *names) sort(d *dir, hash *dirHash) {
+	keys := make([]dirKey, 0, d.entries)
+	for at := d.head; at != 0; at = t.entries.at(at - 1).next {
+		keys = append(keys, dirKey{hash.sum(t.nameOf(t.entries.at(at - 1))), at - 1})
+	}
+	sortKeys(keys, func(i uint32) string { return t.nameOf(t.entries.at(i)) })
 	next := &d.head
-	for i := range list {
-		if n := list[i].entry; n != 0 {
-			*next = n
-			next = &t.entries.at(n - 1).next
-		}
+	for _, k := range keys {
+		*next = k.entry + 1
+		next = &t.entries.at(k.entry).next
 	}
 	*next = 0
 }
 
+// walk gives the entries of a directory one by one, then nil, in the order of
+// their links; without the made one if so told.
+func (t *names) walk(d *dir, withoutMade bool) (next func() *entry) {
+	at := d.head
+	return func() *entry {
+		if withoutMade && at == madeEntry+1 {
+			at = t.entries.at(at - 1).next
+		}
+		if at == 0 {
+			return nil
+		}
+		e := t.entries.at(at - 1)
+		at = e.next
+		return e
+	}
+}
+
+// in gives the names that walk does.
+func (t *names) in(d *dir, withoutMade bool) iter.Seq[string] {
+	return func(yield func(string) bool) {
+		next := t.walk(d, withoutMade)
+		for e := next(); e != nil && yield(t.nameOf(e)); {
+			e = next()
+		}
+	}
+}
+
 func (t *names) grow() {
 	t.slots = make([]uint32, max(64, 2*len(t.slots)))
-	for i := range t.entries.len() {
+	for i := uint32(madeEntry + 1); i < t.entries.len(); i++ {
 		e := t.entries.at(i)
 		t.take(t.hash(e.dir, t.nameOf(e)), i)
 	}

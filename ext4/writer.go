@@ -37,7 +37,7 @@ type Writer struct {
 	finished bool
 	probe    [1]byte    // reads what should not be there
 	surveyed *survey    // of the tree as it is, or nil
-	scratch  []dirEntry // of one directory
+	scratch  []dirEntry // of one block of a directory
 }
 
 // NewWriter starts an image in f, whose content is lost. The caller keeps f:
@@ -62,7 +62,9 @@ func NewWriter(f File, opts Options) (*Writer, error) {
 		}
 	}
 	w.names.seed = maphash.MakeSeed()
-	w.nodes.add(node{mode: disk.TypeDir | 0o755, a: w.names.dirs.add(dir{})})
+	w.nodes.add(node{mode: disk.TypeDir | 0o755, a: w.names.dirs.add(dir{node: rootNode, parent: rootNode})})
+	w.nodes.add(node{mode: disk.TypeDir | 0o700, a: w.names.dirs.add(dir{node: madeNode, parent: rootNode})})
+	w.names.link(rootDir, lostFoundName, madeNode)
 	w.skipSuper()
 	return w, nil
 }
@@ -287,15 +289,16 @@ func (w *Writer) setRoot(in *Inode) error {
 	if err != nil {
 		return err
 	}
-	root := w.nodes.at(0)
+	root := w.nodes.at(rootNode)
 	n.a = root.a
 	*root = n
-	in.writer, in.node = w, 0
+	in.writer, in.node = w, rootNode
 	return nil
 }
 
 // locate finds the directory, by its index in dirs, that a new path goes to.
 func (w *Writer) locate(path string) (parent uint32, name string, err error) {
+	parent = rootDir
 	dir := ""
 	if i := strings.LastIndexByte(path, '/'); i >= 0 {
 		if dir, name = path[:i], path[i+1:]; dir == "" {
