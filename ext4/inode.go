@@ -114,6 +114,11 @@ func (w *Writer) newNode(in *Inode) (node, error) {
 		return n, fmt.Errorf("mode %#o: no file type known to ext4", in.Mode)
 	}
 	set, err := writerGeometry.encodeXattrs(in.Xattrs, xattrBodySize)
+	if err == nil && set != nil && set.block == nil && len(set.large) > 0 && kind == disk.TypeSymlink && len(in.Target) <= maxFastTarget {
+		// e2fsck takes any i_blocks without an xattr block for those of the
+		// target (ext2fs_inode_has_valid_blocks2), so there must be one.
+		set, err = writerGeometry.encodeXattrs(in.Xattrs, 0)
+	}
 	if err != nil {
 		return n, err
 	}

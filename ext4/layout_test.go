@@ -4,6 +4,7 @@ package ext4
 
 import (
 	"bytes"
+	"crypto/sha256"
 	"errors"
 	"fmt"
 	"io"
@@ -589,7 +590,7 @@ func randomTree(r *rand.Rand) tree {
 		if r.IntN(4) == 0 {
 			f.Xattrs = make(map[string][]byte)
 			for range 1 + r.IntN(5) {
-				f.Xattrs["trusted."+strings.ReplaceAll(name()[:1], "\x00", "x")+fmt.Sprint(r.IntN(1000))] = bytesOf(r.IntN(1 << r.IntN(10)))
+				f.Xattrs["trusted."+strings.ReplaceAll(name()[:1], "\x00", "x")+fmt.Sprint(r.IntN(1000))] = bytesOf(r.IntN(1 << r.IntN(14)))
 			}
 		}
 		files[path] = f
@@ -597,7 +598,8 @@ func randomTree(r *rand.Rand) tree {
 	return files
 }
 
-// Random trees; EXT4_TREES gives their number, EXT4_SEED the first seed.
+// Random trees; EXT4_TREES gives their number, EXT4_SEED the first seed. Every
+// one is built twice, and one of ten is mounted.
 func TestRandomTrees(t *testing.T) {
 	number := func(name string, normal uint64) uint64 {
 		if n, err := strconv.ParseUint(os.Getenv(name), 10, 64); err == nil {
@@ -606,42 +608,93 @@ func TestRandomTrees(t *testing.T) {
 		return normal
 	}
 	first := number("EXT4_SEED", uint64(time.Now().UnixNano()))
-	for seed := first; seed < first+number("EXT4_TREES", 150); seed++ {
-		r := rand.New(rand.NewPCG(seed, 0))
-		files := randomTree(r)
-		p := params(0)
-		for i := range p.HashSeed {
-			p.HashSeed[i] = byte(r.Uint32())
+	count := number("EXT4_TREES", 1000)
+	if testing.Short() {
+		count = min(count, 100)
+	}
+	t.Logf("EXT4_SEED=%d EXT4_TREES=%d", first, count)
+	images := [2]*os.File{newImage(t), newImage(t)}
+	for seed := first; seed < first+count; seed++ {
+		var files tree
+		var sums [2][sha256.Size]byte
+		for i, f := range images {
+			var err error
+			if files, err = writeRandomTree(t, f, seed); err != nil {
+				t.Fatalf("EXT4_SEED=%d: %v", seed, err)
+			}
+			sums[i] = digest(t, f)
 		}
-		f := newImage(t)
-		w, err := NewWriter(f, Options{})
+		if sums[0] != sums[1] {
+			t.Fatalf("EXT4_SEED=%d: two builds differ", seed)
+		}
+		if out := e2fs.Fsck(t, images[0].Name()); out != "" {
+			t.Fatalf("EXT4_SEED=%d: e2fsck: %s", seed, out)
+		}
+		if seed%10 == 0 || count < 10 {
+			dir, unmount := e2fs.Mount(t, images[0].Name(), "ro")
+			if diffs := compare(dir, files); len(diffs) > 0 {
+				t.Fatalf("EXT4_SEED=%d: %d differences, first %s", seed, len(diffs), diffs[0])
+			}
+			unmount()
+		}
+	}
+}
+
+// writeRandomTree makes the image of one seed.
+func writeRandomTree(t *testing.T, f *os.File, seed uint64) (tree, error) {
+	r := rand.New(rand.NewPCG(seed, 0))
+	files := randomTree(r)
+	p := params(0)
+	for i := range p.HashSeed {
+		p.HashSeed[i] = byte(r.Uint32())
+	}
+	p.UnsignedHash = r.IntN(2) == 0
+	w, err := NewWriter(f, Options{})
+	must(t, err)
+	for range r.IntN(4) { // dead bytes in between
+		n := int64(r.IntN(1 << 18))
+		c, err := w.Place(io.LimitReader(neverZero{}, n), n)
 		must(t, err)
-		for range r.IntN(4) { // dead bytes in between
-			n := int64(r.IntN(1 << 18))
-			c, err := w.Place(io.LimitReader(neverZero{}, n), n)
-			must(t, err)
-			w.Discard(c)
+		w.Discard(c)
+	}
+	fill(t, w, files)
+	p.SizeBytes, err = w.MinSizeBytes(p)
+	must(t, err)
+	if r.IntN(2) == 0 {
+		p.SizeBytes += r.Int64N(1 << (10 + r.IntN(22)))
+	}
+	return files, w.Finish(p)
+}
+
+// digest is that of the size and all blocks that are not zero, wherever there
+// are holes.
+func digest(t *testing.T, f *os.File) (sum [sha256.Size]byte) {
+	t.Helper()
+	const seekData, seekHole = 3, 4
+	info, err := f.Stat()
+	must(t, err)
+	h := sha256.New()
+	fmt.Fprint(h, info.Size())
+	block := make([]byte, disk.BlockSize)
+	for at := int64(0); ; {
+		from, err := f.Seek(at, seekData)
+		if errors.Is(err, syscall.ENXIO) {
+			break
 		}
-		fill(t, w, files)
-		p.SizeBytes, err = w.MinSizeBytes(p)
 		must(t, err)
-		if r.IntN(2) == 0 {
-			p.SizeBytes += r.Int64N(1 << (10 + r.IntN(22)))
-		}
-		err = w.Finish(p)
-		if err == nil {
-			if out := e2fs.Fsck(t, f.Name()); out != "" {
-				err = fmt.Errorf("e2fsck: %s", out)
+		at, err = f.Seek(from, seekHole)
+		must(t, err)
+		for ; from < at; from += disk.BlockSize {
+			n, err := f.ReadAt(block, from)
+			if err != io.EOF {
+				must(t, err)
+			}
+			if !bytes.Equal(block[:n], zeros[:n]) {
+				fmt.Fprint(h, from)
+				h.Write(block[:n])
 			}
 		}
-		if err != nil {
-			t.Fatalf("EXT4_SEED=%d: %v", seed, err)
-		}
-		dir, unmount := e2fs.Mount(t, f.Name(), "ro")
-		if diffs := compare(dir, files); len(diffs) > 0 {
-			t.Fatalf("EXT4_SEED=%d: %d differences, first %s", seed, len(diffs), diffs[0])
-		}
-		unmount()
-		must(t, os.Remove(f.Name()))
 	}
+	h.Sum(sum[:0])
+	return sum
 }

@@ -162,6 +162,11 @@ func TestLargeXattrs(t *testing.T) {
 	link := symlink(70)
 	link.Xattrs = map[string][]byte{"trusted.link": value(5000, 4)}
 	files["dir/link"] = link
+	for _, n := range []int{1, 4, 5, 59, 60} { // e2fsck doubts fast symlinks
+		link := symlink(n)
+		link.Xattrs = map[string][]byte{"trusted.link": value(5000, 4)}
+		files[fmt.Sprintf("dir/link-%d", n)] = link
+	}
 	hard := withXattrs(map[string][]byte{"user.hard": value(6000, 5), "security.capability": {1, 0, 0, 2, 0, 4, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0}})
 	files["dir/hard-1"], files["hard-2"] = hard, hard
 	image := build(t, files, params(256<<20))
