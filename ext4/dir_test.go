@@ -178,13 +178,48 @@ func TestSubdirectories(t *testing.T) {
 	}
 }
 
-func TestMillionEntries(t *testing.T) {
-	if os.Getenv("EXT4_MILLION") == "" {
-		t.Skip("set EXT4_MILLION=1 to run")
+// Directories that are large, and larger where there is time.
+func TestManyEntries(t *testing.T) {
+	counts := []int{200_000}
+	if soak {
+		counts = append(counts, 1_000_000)
 	}
-	p := params(8 << 30)
-	p.Inodes = 1_000_100
-	manyNames(t, 1_000_000, highBytes, 0o100644, p)
+	if testing.Short() {
+		counts = []int{20_000}
+	}
+	for _, n := range counts {
+		t.Run(fmt.Sprint(n), func(t *testing.T) {
+			p := params(8 << 30)
+			p.Inodes = uint32(n) + 100
+			manyNames(t, n, highBytes, 0o100644, p)
+		})
+	}
+}
+
+// Names with bytes of 0x80 and more lie elsewhere under the other flag, and
+// are found all the same.
+func TestUnsignedHash(t *testing.T) {
+	for _, unsigned := range []bool{false, true} {
+		p := params(64 << 20)
+		p.UnsignedHash = unsigned
+		image := manyNames(t, 5000, highBytes, 0o100644, p)
+		dump, _ := e2fs.Run(t, "dumpe2fs", "-h", image)
+		want := "signed_directory_hash"
+		if unsigned {
+			want = "unsigned_directory_hash"
+		}
+		if got := strings.TrimSpace(regexp.MustCompile(`(?m)^Filesystem flags:(.*)$`).FindStringSubmatch(dump)[1]); got != want {
+			t.Errorf("flags are %q, not %q", got, want)
+		}
+		// The kernel puts new names where it will look for them.
+		dir, unmount := e2fs.Mount(t, image, "rw")
+		for i := 5000; i < 6000; i++ {
+			must(t, os.WriteFile(dir+"/d/"+highBytes(i), nil, 0o600))
+			must(t, os.Remove(dir+"/d/"+highBytes(i-5000)))
+		}
+		unmount()
+		e2fs.Clean(t, image)
+	}
 }
 
 // What the kernel does to our htrees must leave them sound: add to every leaf,

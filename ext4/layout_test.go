@@ -8,11 +8,13 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"math/rand/v2"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"runtime"
 	"strconv"
 	"strings"
 	"syscall"
@@ -24,6 +26,9 @@ import (
 )
 
 const mib = 1 << 20
+
+// soak asks for the rows that take minutes.
+var soak = os.Getenv("EXT4_SOAK") != ""
 
 func field(t *testing.T, dump, name string) string {
 	t.Helper()
@@ -108,10 +113,68 @@ func TestLargest(t *testing.T) {
 				t.Errorf("%d blocks", st.Blocks)
 			}
 			unmount()
-			if size == 1<<40 {
+			if size == 1<<40 || soak {
 				e2fs.Clean(t, f.Name())
 			}
 		})
+	}
+}
+
+// What the caller decides is in the superblock, and nothing is left to be
+// initialised.
+func TestParams(t *testing.T) {
+	p := Params{
+		SizeBytes: 1 << 30, UUID: testUUID, HashSeed: testSeed, Label: "sixteen-bytes-ok", Time: testTime,
+		InodeRatio: 65536, JournalBytes: 20 * mib, ReservedBlocksPercent: 7,
+	}
+	f := newImage(t)
+	must(t, Format(f, p, nil))
+	e2fs.Clean(t, f.Name())
+	dump, _ := e2fs.Run(t, "dumpe2fs", f.Name())
+	const blocks = 1 << 30 / disk.BlockSize
+	for name, want := range map[string]string{
+		"Filesystem volume name":  p.Label,
+		"Filesystem UUID":         fmt.Sprintf("%x-%x-%x-%x-%x", p.UUID[:4], p.UUID[4:6], p.UUID[6:8], p.UUID[8:10], p.UUID[10:]),
+		"Directory Hash Seed":     fmt.Sprintf("%x-%x-%x-%x-%x", p.HashSeed[:4], p.HashSeed[4:6], p.HashSeed[6:8], p.HashSeed[8:10], p.HashSeed[10:]),
+		"Filesystem created":      p.Time.UTC().Format(time.ANSIC),
+		"Inode count":             fmt.Sprint(1 << 30 / 65536),
+		"Block count":             fmt.Sprint(blocks),
+		"Reserved block count":    fmt.Sprint(blocks / 100 * 7),
+		"Total journal blocks":    fmt.Sprint(20 * mib / disk.BlockSize),
+		"Filesystem state":        "clean",
+		"Errors behavior":         "Continue",
+		"Inode size":              "256",
+		"Required extra isize":    "32",
+		"Checksum type":           "crc32c",
+		"Default mount options":   "user_xattr acl",
+		"Maximum mount count":     "-1",
+		"Check interval":          "0 (<none>)",
+		"Filesystem flags":        "signed_directory_hash",
+		"Default directory hash":  "half_md4",
+		"Filesystem OS type":      "Linux",
+		"Reserved blocks uid":     "0 (user root)",
+		"Filesystem revision #":   "1 (dynamic)",
+		"Journal inode":           "8",
+		"First inode":             "11",
+		"Filesystem magic number": "0xEF53",
+	} {
+		if got := strings.TrimSpace(field(t, dump, name)); got != want {
+			t.Errorf("%s: %q, not %q", name, got, want)
+		}
+	}
+	groups := regexp.MustCompile(`(?m)^Group \d+: .*$`).FindAllString(dump, -1)
+	if len(groups) != 8 {
+		t.Fatalf("%d groups", len(groups))
+	}
+	for i, g := range groups {
+		switch {
+		case !strings.Contains(g, "ITABLE_ZEROED"):
+			t.Errorf("table not zeroed: %s", g)
+		case i > 0 && !strings.Contains(g, "INODE_UNINIT"):
+			t.Errorf("inode bitmap without need: %s", g)
+		case i > 0 && i < len(groups)-1 && !strings.Contains(g, "BLOCK_UNINIT"):
+			t.Errorf("block bitmap without need: %s", g)
+		}
 	}
 }
 
@@ -282,7 +345,7 @@ func TestMinSize(t *testing.T) {
 
 // What a whole build needs resident, in a process of its own, from the first
 // call to the last: at most 32 MiB and 100 bytes for an entry with a name of
-// some 15 bytes. EXT4_MILLION=1 adds a row.
+// some 15 bytes.
 func TestMemory(t *testing.T) {
 	const perEntry, fixed = 100, 32 << 20
 	const child = "EXT4_MEMORY_CHILD"
@@ -320,7 +383,7 @@ func TestMemory(t *testing.T) {
 		return
 	}
 	counts := []int{100_000}
-	if os.Getenv("EXT4_MILLION") != "" {
+	if soak {
 		counts = append(counts, 1_000_000)
 	}
 	for shape, s := range shapes {
@@ -439,6 +502,43 @@ func TestKernelWrites(t *testing.T) {
 	e2fs.Clean(t, image)
 }
 
+// A mounted image is used hard: a source tree copied in, half of it deleted,
+// filled until it is full, emptied and filled again.
+func TestHeavyUse(t *testing.T) {
+	image := build(t, sample(), params(96*mib))
+	dir, unmount := e2fs.Mount(t, image, "rw")
+	source := os.DirFS(filepath.Join(runtime.GOROOT(), "src", "cmd"))
+	for round := range 2 {
+		into := filepath.Join(dir, fmt.Sprint("src", round))
+		err := os.CopyFS(into, source)
+		if err == nil || !errors.Is(err, syscall.ENOSPC) {
+			must(t, err)
+		}
+		n := 0
+		must(t, filepath.WalkDir(into, func(path string, d fs.DirEntry, err error) error {
+			if n++; err == nil && !d.IsDir() && n%2 == 0 {
+				return os.Remove(path)
+			}
+			return err
+		}))
+		if n < 1000 {
+			t.Fatalf("only %d entries were copied", n)
+		}
+		chunk := bytes.Repeat([]byte("fill"), 1<<16)
+		for i := 0; err == nil; i++ {
+			err = os.WriteFile(filepath.Join(into, fmt.Sprint("fill", i)), chunk, 0o600)
+		}
+		if !errors.Is(err, syscall.ENOSPC) {
+			t.Fatalf("filling: %v", err)
+		}
+		if round == 0 {
+			must(t, os.RemoveAll(into))
+		}
+	}
+	unmount()
+	e2fs.Clean(t, image)
+}
+
 // Growing past the descriptors that are there moves blocks when unmounted and
 // takes meta_bg when mounted; shrinking moves metadata.
 func TestResize(t *testing.T) {
@@ -460,10 +560,14 @@ func TestResize(t *testing.T) {
 	}
 	t.Run("mounted", func(t *testing.T) {
 		image := build(t, sample(), params(64*mib))
-		must(t, os.Truncate(image, 9<<30))
 		dir, unmount := e2fs.Mount(t, image, "rw")
 		device, _ := e2fs.Run(t, "findmnt", "-n", "-o", "SOURCE", dir)
-		out, exit := e2fs.Run(t, "resize2fs", strings.TrimSpace(device))
+		device = strings.TrimSpace(device)
+		must(t, os.Truncate(image, 9<<30))
+		if out, exit := e2fs.Run(t, "losetup", "-c", device); exit != 0 {
+			t.Fatalf("losetup: exit %d\n%s", exit, out)
+		}
+		out, exit := e2fs.Run(t, "resize2fs", device)
 		if strings.Contains(out, "Permission denied") {
 			t.Skip("NOT TESTED: no CAP_SYS_RESOURCE")
 		}
