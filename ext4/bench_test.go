@@ -28,6 +28,27 @@ func benchmarkFormat(b *testing.B, size int64) {
 	}
 }
 
+// One directory: the time for an entry must not grow with their number.
+func BenchmarkDirectory(b *testing.B) {
+	for _, n := range []int{10_000, 100_000, 1_000_000} {
+		b.Run(fmt.Sprint(n), func(b *testing.B) {
+			f := benchFile(b)
+			p := params(8 << 30)
+			p.Inodes = uint32(n) + 100
+			for b.Loop() {
+				w, err := NewWriter(f, Options{})
+				must(b, err)
+				must(b, w.Add("d", &Inode{Mode: 0o040755}))
+				for i := range n {
+					must(b, w.Add(fmt.Sprintf("d/message-%07d.eml", i), &Inode{Mode: 0o100644}))
+				}
+				must(b, w.Finish(p))
+			}
+			b.ReportMetric(float64(b.Elapsed().Nanoseconds())/float64(b.N)/float64(n), "ns/entry")
+		})
+	}
+}
+
 // Many small files in directories of 50, against writing as many bytes at the
 // same block boundaries to one file: the difference is the file system.
 func BenchmarkSmallFiles(b *testing.B) {

@@ -122,8 +122,8 @@ func (w *Writer) newNode(in *Inode) (node, error) {
 	if err != nil {
 		return n, err
 	}
-	if w.names.text.full() || w.nodes.len() >= maxNodes || w.extras.len() >= extraMask-1 {
-		return n, errors.New("too many inodes, names or xattrs for one image")
+	if w.nodes.len() >= maxNodes || w.extras.len() >= extraMask-1 {
+		return n, errors.New("too many inodes for one image")
 	}
 	if set != nil {
 		if rare.xattrs, err = w.keepXattrs(set); err != nil {

@@ -243,6 +243,9 @@ func (w *Writer) add(path string, in *Inode) error {
 	if in.writer != nil && in.writer != w {
 		return errors.New("inode belongs to another image")
 	}
+	if w.names.text.full() {
+		return errors.New("too many names, targets and xattrs for one image")
+	}
 	if path == "" || path == "/" || path == "." {
 		return w.setRoot(in)
 	}
