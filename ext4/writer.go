@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"hash/maphash"
 	"io"
+	"io/fs"
 	"strings"
 
 	"banger/ext4/internal/disk"
@@ -50,8 +51,10 @@ func NewWriter(f File, opts Options) (*Writer, error) {
 	if size < MinImageBytes || size > MaxImageBytes {
 		return nil, fmt.Errorf("largest image size %d: not between %d and %d", size, MinImageBytes, int64(MaxImageBytes))
 	}
-	if err := f.Truncate(0); err != nil {
-		return nil, fmt.Errorf("image: %w", err)
+	if !isEmpty(f) {
+		if err := f.Truncate(0); err != nil {
+			return nil, fmt.Errorf("image: %w", err)
+		}
 	}
 	w := &Writer{out: newOutput(f), maxBlocks: uint64(size) / disk.BlockSize}
 	groups := ceilDiv(w.maxBlocks, disk.BlocksPerGroup)
@@ -67,6 +70,17 @@ func NewWriter(f File, opts Options) (*Writer, error) {
 	w.names.link(rootDir, lostFoundName, madeNode)
 	w.skipSuper()
 	return w, nil
+}
+
+// isEmpty tells whether f is known to have no bytes. Truncating such a file is
+// not free: ext4 then writes all of it out when it is closed (auto_da_alloc).
+func isEmpty(f File) bool {
+	s, ok := f.(interface{ Stat() (fs.FileInfo, error) })
+	if !ok {
+		return false
+	}
+	info, err := s.Stat()
+	return err == nil && info.Mode().IsRegular() && info.Size() == 0
 }
 
 // hasSuper tells whether a group holds a superblock under sparse_super.
