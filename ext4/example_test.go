@@ -1,8 +1,10 @@
 package ext4_test
 
 import (
+	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"strings"
@@ -61,4 +63,32 @@ func Example() {
 	}
 	fmt.Println(info.Size(), content.SizeBytes())
 	// Output: 67108864 21
+}
+
+func ExampleCopyFile() {
+	dir, err := os.MkdirTemp("", "ext4-example")
+	if err != nil {
+		fmt.Println(err)
+		return
+	}
+	defer os.RemoveAll(dir)
+	template, disk := filepath.Join(dir, "template.img"), filepath.Join(dir, "disk.img")
+	f, err := os.Create(template)
+	if err != nil {
+		fmt.Println(err)
+		return
+	}
+	err = ext4.Format(f, ext4.Params{SizeBytes: 1 << 30, UUID: [16]byte{0xc0, 0xff, 0xee}}, nil)
+	if err := errors.Join(err, f.Close()); err != nil {
+		fmt.Println(err)
+		return
+	}
+
+	ctx := context.Background()
+	fmt.Println(ext4.CopyFile(ctx, disk, template))
+	again := ext4.CopyFile(ctx, disk, template)
+	fmt.Println(errors.Is(again, fs.ErrExist))
+	// Output:
+	// <nil>
+	// true
 }

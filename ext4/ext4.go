@@ -19,6 +19,8 @@
 // The image is a function of the calls and their arguments alone: no clock,
 // no random numbers, no map order. What it looks like inside is described in
 // docs/ext4.md.
+//
+// CopyFile copies an image, as cheaply as the host's file system can.
 package ext4
 
 import (

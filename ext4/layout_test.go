@@ -705,15 +705,17 @@ func randomTree(r *rand.Rand) tree {
 	return files
 }
 
+// number is one from the environment.
+func number(name string, normal uint64) uint64 {
+	if n, err := strconv.ParseUint(os.Getenv(name), 10, 64); err == nil {
+		return n
+	}
+	return normal
+}
+
 // Random trees; EXT4_TREES gives their number, EXT4_SEED the first seed. Every
 // one is built twice, and one of ten is mounted.
 func TestRandomTrees(t *testing.T) {
-	number := func(name string, normal uint64) uint64 {
-		if n, err := strconv.ParseUint(os.Getenv(name), 10, 64); err == nil {
-			return n
-		}
-		return normal
-	}
 	first := number("EXT4_SEED", uint64(time.Now().UnixNano()))
 	count := number("EXT4_TREES", 1000)
 	if testing.Short() {

@@ -110,11 +110,17 @@ func clip(s string) string {
 // unmounted when the test ends, or by the function returned.
 func Mount(t testing.TB, image string, options string) (dir string, unmount func()) {
 	t.Helper()
+	return MountType(t, "ext4", image, "loop,"+options)
+}
+
+// MountType is Mount for any file system and device, loop or not.
+func MountType(t testing.TB, fstype, device, options string) (dir string, unmount func()) {
+	t.Helper()
 	if os.Geteuid() != 0 {
 		Missing(t, "mounting needs root")
 	}
 	dir = t.TempDir()
-	out, exit := Run(t, "mount", "-t", "ext4", "-o", "loop,"+options, image, dir)
+	out, exit := Run(t, "mount", "-t", fstype, "-o", options, device, dir)
 	if exit != 0 {
 		if strings.Contains(out, "loop device") || strings.Contains(out, "unknown filesystem type") {
 			Missing(t, strings.TrimSpace(out))
