@@ -4,6 +4,7 @@ package ext4
 
 import (
 	"bytes"
+	"errors"
 	"fmt"
 	"io"
 	"io/fs"
@@ -27,7 +28,8 @@ type file struct {
 	Inode
 	pieces []piece // in order; what lies between is zeros
 	size   int64
-	free   bool // holes are not compared
+	free   bool           // holes are not compared
+	blocks map[int64]bool // that are not holes; nil: those with data
 }
 
 type piece struct {
@@ -35,7 +37,28 @@ type piece struct {
 	data []byte
 }
 
-func (f *file) reader() io.Reader { return &pieceReader{f: f} }
+func (f *file) reader() io.Reader {
+	if f.size > 1<<40 {
+		return &skippingReader{pieceReader{f: f}}
+	}
+	return &pieceReader{f: f}
+}
+
+// skippingReader knows its holes, or it would take minutes.
+type skippingReader struct{ pieceReader }
+
+func (r *skippingReader) skipHole() (int64, error) {
+	next := r.f.size
+	for _, p := range r.f.pieces {
+		if p.at+int64(len(p.data)) > r.at {
+			next = max(p.at/disk.BlockSize*disk.BlockSize, r.at)
+			break
+		}
+	}
+	n := next - r.at
+	r.at = next
+	return n, nil
+}
 
 type pieceReader struct {
 	f  *file
@@ -64,6 +87,9 @@ func (r *pieceReader) Read(p []byte) (int, error) {
 
 // dataBlocks gives the blocks that must not be holes.
 func (f *file) dataBlocks() map[int64]bool {
+	if f.blocks != nil {
+		return f.blocks
+	}
 	blocks := make(map[int64]bool)
 	for _, p := range f.pieces {
 		for i, c := range p.data {
@@ -154,143 +180,172 @@ func roundTrip(t testing.TB, files tree, p Params) {
 
 // compare gives the differences between what is mounted at dir and a tree.
 func compare(dir string, files tree) (diffs []string) {
-	report := func(path, format string, args ...any) {
-		diffs = append(diffs, fmt.Sprintf("%q: ", path)+fmt.Sprintf(format, args...))
+	aspects := seenByKernel
+	for _, f := range files {
+		if f.free {
+			aspects &^= DiffHoles
+		}
 	}
-	names := make(map[*file]uint64)
+	diffs, err := differences(hostTree(dir), &memTree{files: files}, aspects)
+	if err != nil {
+		diffs = append(diffs, err.Error())
+	}
+	// Compare leaves the links of directories alone.
 	subdirs := make(map[string]uint64)
 	for path, f := range files {
-		names[f]++
-		if f.Mode&disk.TypeMask == disk.TypeDir && path != "/" {
+		if f.isDir() && path != "/" {
 			subdirs[filepath.Dir(path)]++
 		}
 	}
-	inodes := make(map[*file]uint64)
+	if files["lost+found"] == nil {
+		subdirs["."]++
+	}
 	for path, f := range files {
-		full := filepath.Join(dir, path)
 		var st syscall.Stat_t
-		if err := syscall.Lstat(full, &st); err != nil {
-			report(path, "lstat: %v", err)
+		if !f.isDir() || syscall.Lstat(filepath.Join(dir, path), &st) != nil {
 			continue
 		}
-		check := func(what string, got, want any) {
-			if got != want {
-				report(path, "%s is %v, not %v", what, got, want)
-			}
+		want := subdirs[filepath.Clean(strings.TrimPrefix(path, "/"))] + 2
+		if want >= MaxLinks {
+			want = 1
 		}
-		check("mode", st.Mode, uint32(f.Mode))
-		check("uid", st.Uid, f.UID)
-		check("gid", st.Gid, f.GID)
-		when := func(t time.Time) syscall.Timespec {
-			if t.IsZero() {
-				t = testTime
-			}
-			return syscall.Timespec{Sec: t.Unix(), Nsec: int64(t.Nanosecond())}
+		if st.Nlink != want {
+			diffs = append(diffs, fmt.Sprintf("%q: %d links, not %d", path, st.Nlink, want))
 		}
-		check("atime", st.Atim, when(f.Atime))
-		check("mtime", st.Mtim, when(f.Mtime))
-		check("ctime", st.Ctim, when(f.Ctime))
-		links := names[f]
-		switch f.Mode & disk.TypeMask {
-		case disk.TypeDir:
-			if links = subdirs[path] + 2; path == "/" {
-				links = subdirs["."] + 2
-				if files["lost+found"] == nil {
-					links++
-				}
-			}
-			if links >= MaxLinks {
-				links = 1
-			}
-		case disk.TypeSymlink:
-			target, err := os.Readlink(full)
-			if err != nil || target != f.Target {
-				report(path, "target is %.40q (%v), not %.40q", target, err, f.Target)
-			}
-			check("size", st.Size, int64(len(f.Target)))
-		case disk.TypeChar, disk.TypeBlock:
-			const minorLow = 0xFF
-			check("device", st.Rdev, uint64(f.Minor&minorLow|f.Major<<8|(f.Minor&^minorLow)<<12))
-		case disk.TypeRegular:
-			check("size", st.Size, f.size)
-			if err := compareBytes(full, f); err != nil {
-				report(path, "%v", err)
-			}
-		}
-		check("links", uint64(st.Nlink), links)
-		if ino, ok := inodes[f]; ok {
-			check("inode of a hard link", st.Ino, ino)
-		}
-		inodes[f] = st.Ino
-		got, err := xattrsOf(full)
-		if err != nil {
-			report(path, "%v", err)
-		}
-		if !maps.EqualFunc(got, f.Xattrs, bytes.Equal) {
-			report(path, "xattrs are %.200q, not %.200q", got, f.Xattrs)
-		}
-	}
-	err := filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
-		if err != nil {
-			return err
-		}
-		rel, _ := filepath.Rel(dir, path)
-		if files[rel] == nil && rel != "." && rel != "lost+found" {
-			report(rel, "should not be there")
-		}
-		return nil
-	})
-	if err != nil {
-		report(".", "%v", err)
 	}
 	return diffs
 }
 
-// compareBytes looks at data and holes apart, so that large sparse files are
-// cheap.
-func compareBytes(path string, f *file) error {
-	r, err := os.Open(path)
+func (f *file) isDir() bool { return f.Mode&disk.TypeMask == disk.TypeDir }
+
+// memTree is a tree as Compare takes it: what an image made of it should show.
+type memTree struct {
+	files tree
+	inos  map[*file]uint32
+	names map[*file]uint32
+	lists map[string][]string
+}
+
+// prepare counts names. There is a root, and lost+found, whatever the tree says.
+func (m *memTree) prepare() {
+	if m.inos != nil {
+		return
+	}
+	m.inos, m.names, m.lists = make(map[*file]uint32), make(map[*file]uint32), make(map[string][]string)
+	all := maps.Clone(m.files)
+	if all["/"] == nil {
+		all["/"] = directoryFile()
+	}
+	if all[lostFoundName] == nil {
+		all[lostFoundName] = &file{Inode: Inode{Mode: 0o040700}}
+	}
+	m.files = all
+	for path, f := range all {
+		if m.inos[f] == 0 {
+			m.inos[f] = uint32(len(m.inos) + 1)
+		}
+		m.names[f]++
+		if path != "/" {
+			dir := filepath.Dir(path)
+			m.lists[dir] = append(m.lists[dir], filepath.Base(path))
+		}
+	}
+	for _, list := range m.lists {
+		slices.Sort(list)
+	}
+}
+
+func (m *memTree) at(path string) (*file, error) {
+	m.prepare()
+	if path == "." {
+		path = "/"
+	}
+	if f := m.files[path]; f != nil {
+		return f, nil
+	}
+	return nil, &fs.PathError{Op: "lstat", Path: path, Err: fs.ErrNotExist}
+}
+
+func (m *memTree) Lstat(path string) (fs.FileInfo, error) {
+	f, err := m.at(path)
 	if err != nil {
-		return err
+		return nil, err
 	}
-	defer r.Close()
-	want := f.dataBlocks()
-	const seekData, seekHole = 3, 4
-	found := 0
-	for at := int64(0); at < f.size; {
-		from, err := r.Seek(at, seekData)
+	when := func(t time.Time) time.Time {
+		if t.IsZero() {
+			return testTime
+		}
+		return t
+	}
+	return &fileInfo{base(path), &Stat{
+		Ino: m.inos[f], Mode: f.Mode, UID: f.UID, GID: f.GID, Links: m.names[f], SizeBytes: f.size, Major: f.Major, Minor: f.Minor,
+		Atime: when(f.Atime), Mtime: when(f.Mtime), Ctime: when(f.Ctime), Crtime: when(f.Crtime),
+	}}, nil
+}
+
+func (m *memTree) ReadLink(path string) (string, error) {
+	f, err := m.at(path)
+	if err != nil {
+		return "", err
+	}
+	return f.Target, nil
+}
+
+func (m *memTree) ReadDir(path string) (list []fs.DirEntry, err error) {
+	m.prepare()
+	for _, name := range m.lists[path] {
+		info, err := m.Lstat(join(path, name))
 		if err != nil {
-			break // no more data
+			return nil, err
 		}
-		to, err := r.Seek(from, seekHole)
-		if err != nil {
-			return err
-		}
-		for from < to {
-			n := min(to-from, disk.BlockSize)
-			got, expected := make([]byte, n), make([]byte, n)
-			if _, err := r.ReadAt(got, from); err != nil {
-				return fmt.Errorf("reading at %d: %w", from, err)
-			}
-			if _, err := io.ReadFull(&pieceReader{f, from}, expected); err != nil {
-				return err
-			}
-			if !bytes.Equal(got, expected) {
-				return fmt.Errorf("bytes differ in the block at %d", from)
-			}
-			if want[from/disk.BlockSize] {
-				found++
-			} else if !f.free {
-				return fmt.Errorf("data at %d, where a hole should be", from)
-			}
-			from += n
-		}
-		at = to
+		list = append(list, fs.FileInfoToDirEntry(info))
 	}
-	if found != len(want) {
-		return fmt.Errorf("%d blocks with data, not %d", found, len(want))
+	return list, nil
+}
+
+func (m *memTree) Xattrs(path string) (map[string][]byte, error) {
+	f, err := m.at(path)
+	if err != nil {
+		return nil, err
 	}
-	return nil
+	return f.Xattrs, nil
+}
+
+func (m *memTree) Open(path string) (fs.File, error) {
+	f, err := m.at(path)
+	if err != nil {
+		return nil, err
+	}
+	return &memFile{pieceReader: &pieceReader{f: f}, data: f.dataBlocks()}, nil
+}
+
+// memFile knows its holes.
+type memFile struct {
+	*pieceReader
+	data map[int64]bool
+}
+
+func (f *memFile) Stat() (fs.FileInfo, error) { return nil, fs.ErrInvalid }
+func (f *memFile) Close() error               { return nil }
+
+func (f *memFile) ReadAt(p []byte, at int64) (int, error) {
+	return io.ReadFull(&pieceReader{f.f, at}, p[:min(int64(len(p)), f.f.size-at)])
+}
+
+func (f *memFile) NextData(offset int64) (start, end int64, err error) {
+	if len(f.data) == 0 {
+		return 0, 0, io.EOF
+	}
+	blocks := slices.Sorted(maps.Keys(f.data))
+	i, _ := slices.BinarySearch(blocks, offset/disk.BlockSize)
+	if i == len(blocks) {
+		return 0, 0, io.EOF
+	}
+	start = max(blocks[i]*disk.BlockSize, offset)
+	for i+1 < len(blocks) && blocks[i+1] == blocks[i]+1 {
+		i++
+	}
+	return start, min((blocks[i]+1)*disk.BlockSize, f.f.size), nil
 }
 
 // xattrsOf lists without following symlinks, nil if there are none.
@@ -346,54 +401,101 @@ const noID = ^uint32(0)
 var fullACL = acl([3]uint32{1, 7, noID}, [3]uint32{2, 6, 1000}, [3]uint32{2, 4, 70000}, [3]uint32{4, 5, noID},
 	[3]uint32{8, 1, 3000000000}, [3]uint32{0x10, 7, noID}, [3]uint32{0x20, 4, noID})
 
-// The comparison itself must be able to fail, on everything it looks at.
-func TestCompareFails(t *testing.T) {
+// Every aspect is seen when it differs, and only then.
+func TestCompare(t *testing.T) {
 	make1 := func() tree {
 		link := regular("linked")
 		sparse := &file{Inode: Inode{Mode: 0o100644}, size: 40960, pieces: []piece{{8192, []byte("data")}}}
 		dev := &file{Inode: Inode{Mode: 0o020600, Major: 300, Minor: 70000}}
 		sym := &file{Inode: Inode{Mode: 0o120777, Target: "there"}}
 		x := regular("x")
-		x.Xattrs = map[string][]byte{"user.a": []byte("1"), aclAccess: fullACL}
+		x.Xattrs = map[string][]byte{"user.a": []byte("1"), aclAccess: bytes.Clone(fullACL)}
 		x.Mode = 0o100774
 		return tree{"d": directoryFile(), "d/e": directoryFile(), "f": regular("hello"), "l1": link, "l2": link,
 			"sparse": sparse, "dev": dev, "sym": sym, "x": x}
 	}
 	image := build(t, make1(), params(16<<20))
 	dir, _ := e2fs.Mount(t, image, "ro")
-	if diffs := compare(dir, make1()); len(diffs) != 0 {
-		t.Fatalf("differences in an equal tree: %q", diffs)
-	}
+	const every = DiffAll | DiffAtime | DiffCtime | DiffCrtime | DiffHoles
 	for _, c := range []struct {
-		what   string
+		aspect Aspect
+		path   string
 		change func(tree)
 	}{
-		{"mode", func(f tree) { f["f"].Mode = 0o100600 }},
-		{"uid", func(f tree) { f["f"].UID = 1 }},
-		{"gid", func(f tree) { f["f"].GID = 1 }},
-		{"atime", func(f tree) { f["f"].Atime = testTime.Add(1) }},
-		{"mtime", func(f tree) { f["f"].Mtime = testTime.Add(1) }},
-		{"ctime", func(f tree) { f["f"].Ctime = testTime.Add(1) }},
-		{"target", func(f tree) { f["sym"].Target = "thers" }},
-		{"device", func(f tree) { f["dev"].Minor++ }},
-		{"bytes", func(f tree) { f["f"].pieces[0].data[4] = 'x' }},
-		{"size", func(f tree) { f["f"].size++ }},
-		{"hole for data", func(f tree) { f["sparse"].pieces = nil }},
-		{"data for hole", func(f tree) { f["sparse"].pieces[0].data = make([]byte, 4096+1) }},
-		{"data moved", func(f tree) { f["sparse"].pieces[0].at = 0 }},
-		{"links", func(f tree) { f["l2"] = regular("linked") }},
-		{"missing", func(f tree) { f["nothere"] = regular("") }},
-		{"extra", func(f tree) { delete(f, "d/e") }},
-		{"xattr value", func(f tree) { f["x"].Xattrs["user.a"] = []byte("2") }},
-		{"xattr missing", func(f tree) { f["x"].Xattrs["user.b"] = nil }},
-		{"xattr extra", func(f tree) { delete(f["x"].Xattrs, "user.a") }},
-		{"acl", func(f tree) { f["x"].Xattrs[aclAccess][10] ^= 1 }},
+		{0, "", func(tree) {}},
+		{DiffMode, "f", func(f tree) { f["f"].Mode = 0o100600 }},
+		{DiffType, "f", func(f tree) { f["f"] = symlink(5) }},
+		{DiffOwner, "f", func(f tree) { f["f"].UID = 1 }},
+		{DiffOwner, "f", func(f tree) { f["f"].GID = 1 }},
+		{DiffAtime, "f", func(f tree) { f["f"].Atime = testTime.Add(1) }},
+		{DiffMtime, "f", func(f tree) { f["f"].Mtime = testTime.Add(1) }},
+		{DiffCtime, "f", func(f tree) { f["f"].Ctime = testTime.Add(1) }},
+		{DiffCrtime, "f", func(f tree) { f["f"].Crtime = testTime.Add(1) }},
+		{DiffContent, "sym", func(f tree) { f["sym"].Target = "thers" }},
+		{DiffDevice, "dev", func(f tree) { f["dev"].Major++ }},
+		{DiffDevice, "dev", func(f tree) { f["dev"].Minor++ }},
+		{DiffContent, "f", func(f tree) { f["f"].pieces[0].data[4] = 'x' }},
+		{DiffContent, "f", func(f tree) { f["f"].size++ }},
+		{DiffContent, "sparse", func(f tree) { f["sparse"].pieces = nil }},
+		{DiffContent, "sparse", func(f tree) { f["sparse"].pieces[0].at = 0 }},
+		{DiffContent, "l1", func(f tree) { f["l1"].pieces[0].data[0] = 'x' }},
+		{DiffHoles, "sparse", func(f tree) {
+			f["sparse"].pieces = append(f["sparse"].pieces, piece{20480, []byte{0}})
+			f["sparse"].blocks = map[int64]bool{2: true, 5: true}
+		}},
+		{DiffLinks, "l1", func(f tree) { f["l2"] = regular("linked") }},
+		{DiffName, "nothere", func(f tree) { f["nothere"] = regular("") }},
+		{DiffName, "d/e", func(f tree) { delete(f, "d/e") }},
+		{DiffXattrs, "x", func(f tree) { f["x"].Xattrs["user.a"] = []byte("2") }},
+		{DiffXattrs, "x", func(f tree) { f["x"].Xattrs["user.b"] = nil }},
+		{DiffXattrs, "x", func(f tree) { delete(f["x"].Xattrs, "user.a") }},
+		{DiffXattrs, "x", func(f tree) { f["x"].Xattrs[aclAccess][10] ^= 1 }},
+		{DiffMode, ".", func(f tree) { f["/"] = &file{Inode: Inode{Mode: 0o040700}} }},
 	} {
 		files := make1()
-		files["x"].Xattrs[aclAccess] = bytes.Clone(fullACL)
 		c.change(files)
-		if len(compare(dir, files)) == 0 {
-			t.Errorf("%s: no difference seen", c.what)
+		for which, side := range map[string]Tree{"read": openImage(t, image), "mounted": hostTree(dir)} {
+			aspects := every
+			if which == "mounted" {
+				aspects &^= DiffCrtime // not part of stat
+			}
+			for _, swap := range []bool{false, true} {
+				a, b := side, Tree(&memTree{files: files})
+				if swap {
+					a, b = b, a
+				}
+				var seen []Difference
+				must(t, Compare(a, b, aspects, func(d Difference) bool { seen = append(seen, d); return true }))
+				found := false
+				for _, d := range seen {
+					found = found || d.Path == c.path && d.Aspect == c.aspect
+				}
+				if want := c.aspect != 0 && aspects&c.aspect != 0; found != want || !want && len(seen) > 0 {
+					t.Errorf("%s %q, %s: %v", c.aspect, c.path, which, seen)
+				}
+				// Not asked for, not told.
+				must(t, Compare(a, b, aspects&^c.aspect, func(d Difference) bool {
+					if d.Aspect == c.aspect {
+						t.Errorf("%s %q, %s: told without being asked: %v", c.aspect, c.path, which, d)
+					}
+					return true
+				}))
+			}
 		}
+	}
+}
+
+// A comparison stops when it is told to, and passes errors on with the tree
+// they are of.
+func TestCompareStops(t *testing.T) {
+	a, b := &memTree{files: tree{}}, &memTree{files: tree{"1": regular(""), "2": regular(""), "3": regular("")}}
+	calls := 0
+	must(t, Compare(a, b, DiffAll, func(Difference) bool { calls++; return calls < 2 }))
+	if calls != 2 {
+		t.Errorf("%d calls", calls)
+	}
+	err := Compare(hostTree("/nowhere"), b, DiffAll, func(Difference) bool { return true })
+	if !errors.Is(err, fs.ErrNotExist) || !strings.Contains(err.Error(), "tree a") {
+		t.Errorf("error: %v", err)
 	}
 }
