@@ -155,7 +155,18 @@ func (w *Writer) stream(c *Content, r io.Reader) error {
 	// Reads smaller than this are not worth saving a flush for.
 	const goodRead = 64 << 10
 	logical := uint32(0)
+	holes, _ := r.(holeSkipper)
 	for left := c.size; left > 0; {
+		if holes != nil {
+			n, err := holes.skipHole()
+			if err != nil {
+				return readError(c.size, c.size-left, err)
+			}
+			if left -= n; left == 0 {
+				break
+			}
+			logical += uint32(n / disk.BlockSize)
+		}
 		run := w.skipSuper()
 		if run == 0 {
 			return fmt.Errorf("content of %d bytes: %w: the largest size allowed is %d", c.size, ErrNoSpace, w.maxBlocks*disk.BlockSize)
@@ -196,6 +207,13 @@ func (w *Writer) stream(c *Content, r io.Reader) error {
 		return fmt.Errorf("content of %d bytes: after its end: %w", c.size, err)
 	}
 	return nil
+}
+
+// A holeSkipper is a reader that knows where it has zeros only. Between reads
+// of whole blocks skipHole goes over those that begin there, as many whole
+// blocks as they are or all up to the end, and says how many bytes that were.
+type holeSkipper interface {
+	skipHole() (bytes int64, err error)
 }
 
 // placeWhole places bytes without looking for holes.
