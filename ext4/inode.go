@@ -54,36 +54,62 @@ func timestamp(t time.Time) (disk.Timestamp, error) {
 	return disk.MakeTimestamp(sec, uint32(t.Nanosecond())), nil
 }
 
+// check refuses what no inode can be, whatever file system it is for. The
+// times are atime, mtime, ctime and crtime. Errors are reasons without a
+// subject.
+func (in *Inode) check() (times [4]disk.Timestamp, err error) {
+	for i, t := range [...]time.Time{in.Atime, in.Mtime, in.Ctime, in.Crtime} {
+		if times[i], err = timestamp(t); err != nil {
+			return times, fmt.Errorf("time %s: %w", t.UTC().Format(time.RFC3339), err)
+		}
+	}
+	kind := in.Mode & disk.TypeMask
+	if in.Content != nil && kind != disk.TypeRegular {
+		return times, errors.New("has content but is not a regular file")
+	}
+	if in.Target != "" && kind != disk.TypeSymlink {
+		return times, errors.New("has a target but is not a symlink")
+	}
+	switch kind {
+	case disk.TypeRegular, disk.TypeDir, disk.TypeFIFO, disk.TypeSocket:
+	case disk.TypeSymlink:
+		switch {
+		case in.Target == "":
+			return times, errors.New("symlink target: empty")
+		case len(in.Target) > MaxTargetBytes:
+			return times, fmt.Errorf("symlink target: %d bytes, more than %d", len(in.Target), MaxTargetBytes)
+		case strings.IndexByte(in.Target, 0) >= 0:
+			return times, errors.New("symlink target: holds a NUL")
+		}
+	case disk.TypeChar, disk.TypeBlock:
+		if in.Major >= 1<<12 || in.Minor >= 1<<20 {
+			return times, fmt.Errorf("device %d:%d: more than 12 and 20 bits", in.Major, in.Minor)
+		}
+	default:
+		return times, fmt.Errorf("mode %#o: no file type known to ext4", in.Mode)
+	}
+	return times, nil
+}
+
 // newNode checks an Inode and keeps what is needed of it; that of a directory
 // has no index in dirs yet. Errors are reasons without a subject, and leave
 // the Writer as it was.
 func (w *Writer) newNode(in *Inode) (node, error) {
 	n := node{mode: in.Mode, uid: in.UID, gid: in.GID}
-	var rare extra
-	for i, t := range [...]time.Time{in.Atime, in.Mtime, in.Ctime, in.Crtime} {
-		if t.IsZero() {
-			continue
-		}
-		stamp, err := timestamp(t)
-		if err != nil {
-			return n, fmt.Errorf("time %s: %w", t.UTC().Format(time.RFC3339), err)
-		}
-		rare.times[i] = stamp
-		n.extra |= 1 << (extraBits + i)
+	times, err := in.check()
+	if err != nil {
+		return n, err
 	}
-	n.mtime = rare.times[1]
+	rare := extra{times: times}
+	n.mtime = times[1]
 	timesDiffer := false
-	for i, t := range rare.times {
-		timesDiffer = timesDiffer || n.timeSet(i) && t != n.mtime
+	for i, t := range [...]time.Time{in.Atime, in.Mtime, in.Ctime, in.Crtime} {
+		if !t.IsZero() {
+			n.extra |= 1 << (extraBits + i)
+			timesDiffer = timesDiffer || times[i] != n.mtime
+		}
 	}
-	kind := in.Mode & disk.TypeMask
-	if in.Content != nil && kind != disk.TypeRegular {
-		return n, errors.New("has content but is not a regular file")
-	}
-	if in.Target != "" && kind != disk.TypeSymlink {
-		return n, errors.New("has a target but is not a symlink")
-	}
-	switch kind {
+	switch in.Mode & disk.TypeMask {
 	case disk.TypeRegular:
 		if c := in.Content; c != nil {
 			switch {
@@ -95,30 +121,11 @@ func (w *Writer) newNode(in *Inode) (node, error) {
 				return n, errors.New("content belongs to another file")
 			}
 		}
-	case disk.TypeDir, disk.TypeFIFO, disk.TypeSocket:
-	case disk.TypeSymlink:
-		switch {
-		case in.Target == "":
-			return n, errors.New("symlink target: empty")
-		case len(in.Target) > MaxTargetBytes:
-			return n, fmt.Errorf("symlink target: %d bytes, more than %d", len(in.Target), MaxTargetBytes)
-		case strings.IndexByte(in.Target, 0) >= 0:
-			return n, errors.New("symlink target: holds a NUL")
-		}
 	case disk.TypeChar, disk.TypeBlock:
-		if in.Major >= 1<<12 || in.Minor >= 1<<20 {
-			return n, fmt.Errorf("device %d:%d: more than 12 and 20 bits", in.Major, in.Minor)
-		}
 		n.a, n.b = in.Major, in.Minor
-	default:
-		return n, fmt.Errorf("mode %#o: no file type known to ext4", in.Mode)
 	}
-	set, err := writerGeometry.encodeXattrs(in.Xattrs, xattrBodySize)
-	if err == nil && set != nil && set.block == nil && len(set.large) > 0 && kind == disk.TypeSymlink && len(in.Target) <= maxFastTarget {
-		// e2fsck takes any i_blocks without an xattr block for those of the
-		// target (ext2fs_inode_has_valid_blocks2), so there must be one.
-		set, err = writerGeometry.encodeXattrs(in.Xattrs, 0)
-	}
+	fast := in.Target != "" && len(in.Target) <= maxFastTarget
+	set, err := writerGeometry.encodeXattrsOf(fast, in.Xattrs, xattrBodySize)
 	if err != nil {
 		return n, err
 	}
@@ -131,7 +138,7 @@ func (w *Writer) newNode(in *Inode) (node, error) {
 		}
 	}
 	// Nothing is refused from here on.
-	if kind == disk.TypeSymlink {
+	if in.Target != "" {
 		n.a, n.b = w.names.text.put(in.Target), uint32(len(in.Target))
 	}
 	if c := in.Content; c != nil {

@@ -142,6 +142,18 @@ func (g *geometry) encodeXattrs(set map[string][]byte, bodySize int) (*xattrSet,
 	return s, nil
 }
 
+// encodeXattrsOf is encodeXattrs, for a symlink with its target in the inode if
+// fast. e2fsck takes any i_blocks of one without an xattr block for those of
+// the target (ext2fs_inode_has_valid_blocks2), so with values in EA inodes,
+// which count there, it must have that block.
+func (g *geometry) encodeXattrsOf(fast bool, set map[string][]byte, bodySize int) (*xattrSet, error) {
+	x, err := g.encodeXattrs(set, bodySize)
+	if err == nil && x != nil && fast && x.block == nil && len(x.large) > 0 {
+		return g.encodeXattrs(set, 0)
+	}
+	return x, err
+}
+
 // divideXattrs says what goes where, marking large values.
 func (g *geometry) divideXattrs(list []xattr, bodyRoom, blockRoom int) (inBody, inBlock []xattr, err error) {
 	entries := 0
