@@ -9,7 +9,7 @@ PROGRAMS := banger bangerd banger-vsock-agent
 RUN_PACKAGES  := qemu-system-x86 mmdebstrap uidmap ca-certificates
 TEST_PACKAGES := $(RUN_PACKAGES) e2fsprogs xfsprogs btrfs-progs docker-registry busybox-static zstd cpio kmod attr procps bsdutils
 
-.PHONY: build demo test check bench soak packages test-packages clean
+.PHONY: build demo test check fuzz bench soak packages test-packages clean
 
 build: ## the three programs, in bin/
 	@for p in $(PROGRAMS); do CGO_ENABLED=0 $(GO) build -trimpath -ldflags '$(LDFLAGS)' -o bin/$$p ./cmd/$$p || exit 1; done
@@ -24,6 +24,9 @@ check: ## what needs no guest: formatting, vet, import rules
 	@test -z "$$(gofmt -l .)" || { gofmt -l .; echo "run gofmt -w on these"; exit 1; }
 	$(GO) vet ./...
 	$(GO) test -run 'TestImports|TestAgent' .
+
+fuzz: ## every fuzz target for a minute
+	./hack/fuzz 60 ./...
 
 bench: test-packages build ## ours beside the rivals, in one run
 	./hack/bench

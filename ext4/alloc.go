@@ -2,6 +2,7 @@ package ext4
 
 import (
 	"bytes"
+	"cmp"
 	"errors"
 	"fmt"
 	"slices"
@@ -20,6 +21,7 @@ type allocator struct {
 	groups map[uint64]*group
 	system []run  // blocks of superblocks, descriptors, bitmaps and inode tables, sorted
 	goal   uint64 // group to look in first for blocks
+	left   uint64 // blocks that can be given out
 }
 
 // group is a block group of which something has been looked at.
@@ -49,18 +51,11 @@ func (a *allocator) findSystem() error {
 		if err != nil {
 			return err
 		}
+		a.left += uint64(d.FreeBlocks)
 		list = append(list, run{d.BlockBitmap, 1}, run{d.InodeBitmap, 1}, run{d.InodeTable, table})
 		list = append(list, run{f.groupStart(g), f.superBlocks(g, gdt, perBlock)})
 	}
-	slices.SortFunc(list, func(a, b run) int {
-		switch {
-		case a.start < b.start:
-			return -1
-		case a.start > b.start:
-			return 1
-		}
-		return 0
-	})
+	slices.SortFunc(list, func(a, b run) int { return cmp.Compare(a.start, b.start) })
 	for _, r := range list {
 		if r.length == 0 {
 			continue
@@ -98,17 +93,20 @@ func (f *FS) superBlocks(g, gdt, perBlock uint64) uint64 {
 	return n
 }
 
+// where tells whether a run lies before a block, has it, or lies after it.
+func (r run) where(block uint64) int {
+	switch {
+	case r.end() <= block:
+		return -1
+	case r.start > block:
+		return 1
+	}
+	return 0
+}
+
 // isSystem tells whether any of n blocks at start is one that no file may own.
 func (a *allocator) isSystem(start, n uint64) bool {
-	i, found := slices.BinarySearchFunc(a.system, start, func(r run, at uint64) int {
-		switch {
-		case r.end() <= at:
-			return -1
-		case r.start > at:
-			return 1
-		}
-		return 0
-	})
+	i, found := slices.BinarySearchFunc(a.system, start, run.where)
 	return found || i < len(a.system) && a.system[i].start < start+n
 }
 
@@ -211,6 +209,7 @@ func (a *allocator) take(n uint64) (run, error) {
 				return run{}, corrupt("group %d: fewer free blocks in its descriptor than in its bitmap", number)
 			}
 			g.desc.FreeBlocks -= uint32(r.length)
+			a.left -= min(a.left, r.length)
 			g.changed = true
 			a.goal = number
 			r.start += a.fs.groupStart(number)
@@ -220,7 +219,7 @@ func (a *allocator) take(n uint64) (run, error) {
 			return r, nil
 		}
 	}
-	return run{}, ErrNoSpace
+	return run{}, fmt.Errorf("%w: %d bytes are free, less what the edit has freed", ErrNoSpace, a.left*uint64(a.fs.geo.blockSize))
 }
 
 // findRun finds the first run of want free blocks, or the longest shorter one.
@@ -287,32 +286,15 @@ func (a *allocator) free(start, n uint64) error {
 			// What was to be written there must not be: the block may be
 			// given out again, for data that is written at once.
 			delete(a.fs.dev.changed, start+i)
+			if !bit(g.before, first+int(i)) {
+				a.left++
+			}
 		}
 		g.desc.FreeBlocks += uint32(count)
 		g.changed = true
 		start, n = start+uint64(count), n-uint64(count)
 	}
 	return nil
-}
-
-// freeBlocks counts what is left, without what the edit has freed.
-func (a *allocator) freeBlocks() (n uint64, err error) {
-	for number := range a.fs.groups {
-		if g := a.groups[number]; g != nil {
-			for i := range int(a.fs.groupBlocks(number)) {
-				if !bit(g.blocks, i) && !bit(g.before, i) {
-					n++
-				}
-			}
-			continue
-		}
-		d, err := a.fs.desc(number)
-		if err != nil {
-			return 0, err
-		}
-		n += uint64(d.FreeBlocks)
-	}
-	return n, nil
 }
 
 // takeInode gives the number of a free inode, near that of its parent, and

@@ -3,6 +3,7 @@ package ext4
 import (
 	"bytes"
 	"errors"
+	"fmt"
 	"io"
 	"io/fs"
 	"slices"
@@ -295,24 +296,26 @@ func (f *FS) parent(dir *inode) (uint32, error) {
 // for one directory, are damage.
 func (f *FS) list(dir *inode) ([]rawEntry, error) {
 	var list []rawEntry
-	dirs := make(map[uint32]bool)
 	err := f.entries(dir, func(b []byte) error {
-		var twice error
-		err := f.parseEntries(dir, b, func(name []byte, _ int, ino uint32, fileType byte) bool {
-			if fileType == 2 {
-				if dirs[ino] {
-					twice = corrupt("directory %d: two names for directory %d", dir.ino, ino)
-					return false
-				}
-				dirs[ino] = true
-			}
+		return f.parseEntries(dir, b, func(name []byte, _ int, ino uint32, fileType byte) bool {
 			list = append(list, rawEntry{string(name), ino, fileType})
 			return true
 		})
-		return errors.Join(err, twice)
 	})
+	if err == nil {
+		err = f.findTypes(list)
+	}
 	if err != nil {
 		return nil, err
+	}
+	dirs := make(map[uint32]bool)
+	for i := range list {
+		if ino := list[i].ino; list[i].fileType == fileTypeDir {
+			if dirs[ino] {
+				return nil, corrupt("directory %d: two names for directory %d", dir.ino, ino)
+			}
+			dirs[ino] = true
+		}
 	}
 	slices.SortFunc(list, func(a, b rawEntry) int { return strings.Compare(a.name, b.name) })
 	for i := 1; i < len(list); i++ {
@@ -320,27 +323,22 @@ func (f *FS) list(dir *inode) ([]rawEntry, error) {
 			return nil, corrupt("directory %d: the name %q twice", dir.ino, list[i].name)
 		}
 	}
-	if !f.geo.filetype {
-		return list, f.findTypes(list)
-	}
 	return list, nil
 }
 
-// findTypes fills in types where directories do not hold them.
+const fileTypeDir = 2 // EXT4_FT_DIR
+
+// findTypes fills in the types that a directory does not hold.
 func (f *FS) findTypes(list []rawEntry) error {
-	dirs := make(map[uint32]bool)
 	for i := range list {
+		if list[i].fileType != 0 {
+			continue
+		}
 		n, err := f.named(list[i].ino)
 		if err != nil {
-			return err
+			return fmt.Errorf("entry %q: %w", list[i].name, err)
 		}
 		list[i].fileType = disk.DirFileType(n.mode)
-		if n.isDir() {
-			if dirs[n.ino] {
-				return corrupt("two names for directory %d", n.ino)
-			}
-			dirs[n.ino] = true
-		}
 	}
 	return nil
 }
@@ -447,7 +445,7 @@ type dirEntryInfo struct {
 }
 
 func (e *dirEntryInfo) Name() string      { return e.raw.name }
-func (e *dirEntryInfo) IsDir() bool       { return e.raw.fileType == 2 }
+func (e *dirEntryInfo) IsDir() bool       { return e.raw.fileType == fileTypeDir }
 func (e *dirEntryInfo) Type() fs.FileMode { return typeMode(e.raw.fileType) }
 func (e *dirEntryInfo) String() string    { return fs.FormatDirEntry(e) }
 
@@ -490,7 +488,8 @@ func (d *dirFile) Close() error {
 }
 
 // ReadDir with n > 0 gives the entries as they lie on disk, a block's worth in
-// memory at a time; else all that are left, in the order of names.
+// memory at a time, and leaves it to the caller to see a name twice; else all
+// that are left, in the order of names.
 func (d *dirFile) ReadDir(n int) ([]fs.DirEntry, error) {
 	if d.closed {
 		return nil, pathError("readdir", d.path, fs.ErrClosed)
@@ -562,10 +561,8 @@ func (d *dirFile) fill() error {
 	}); err != nil {
 		return err
 	}
-	if !d.fs.geo.filetype {
-		if err := d.fs.findTypes(list); err != nil {
-			return err
-		}
+	if err := d.fs.findTypes(list); err != nil {
+		return err
 	}
 	for i := range list {
 		d.ready = append(d.ready, &dirEntryInfo{d.fs, d.dir, list[i]})

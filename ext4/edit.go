@@ -2,10 +2,12 @@ package ext4
 
 import (
 	"bytes"
+	"cmp"
 	"errors"
 	"fmt"
 	"io"
 	"io/fs"
+	"slices"
 	"strings"
 	"time"
 
@@ -159,23 +161,8 @@ func (e *Editor) Put(path string, in *Inode, content io.Reader, sizeBytes int64)
 				return fs.ErrExist
 			}
 		}
-		return e.roomFor(sizeBytes)
+		return nil
 	}, func() error { return e.put(w, &n, base(path), content, sizeBytes) })
-}
-
-// roomFor refuses early what certainly does not fit.
-func (e *Editor) roomFor(sizeBytes int64) error {
-	free, err := e.blocks.freeBlocks()
-	if err != nil {
-		return err
-	}
-	bs := int64(e.fs.geo.blockSize)
-	// Holes need no room, but nobody knows of them yet: this is for the
-	// common case, and what it misses fails in the middle.
-	if need := ceilDiv(sizeBytes, bs); uint64(need) > free && sizeBytes < 1<<30 {
-		return fmt.Errorf("%w: %d bytes are needed, %d are free", ErrNoSpace, need*bs, int64(free)*bs)
-	}
-	return nil
 }
 
 // MkdirAll makes the directory path, and those above it that are missing, with
@@ -594,7 +581,7 @@ func (e *Editor) truncate(n *inode) error {
 			return nil
 		})
 	}
-	kept := new(Content)
+	kept := &Content{size: int64(n.size)}
 	for at := uint64(0); at < end; {
 		m, err := e.fs.mapBlock(n, at)
 		if err != nil {
@@ -606,21 +593,26 @@ func (e *Editor) truncate(n *inode) error {
 		}
 		at += m.length
 	}
-	keep := make(map[uint64]uint64, len(kept.extents))
-	for _, x := range kept.extents {
-		keep[x.start] = uint64(x.length)
+	keep := make([]run, len(kept.extents))
+	for i, x := range kept.extents {
+		keep[i] = run{x.start, uint64(x.length)}
 	}
+	slices.SortFunc(keep, func(a, b run) int { return cmp.Compare(a.start, b.start) })
 	err := e.fs.eachRun(n, func(start, count uint64) error {
-		for count > 0 {
-			if n := keep[start]; n > 0 {
-				n = min(n, count)
-				start, count = start+n, count-n
+		for end := start + count; start < end; {
+			i, found := slices.BinarySearchFunc(keep, start, run.where)
+			if found {
+				start = keep[i].end()
 				continue
 			}
-			if err := e.blocks.free(start, 1); err != nil {
+			next := end
+			if i < len(keep) {
+				next = min(end, keep[i].start)
+			}
+			if err := e.blocks.free(start, next-start); err != nil {
 				return err
 			}
-			start, count = start+1, count-1
+			start = next
 		}
 		return nil
 	})

@@ -163,7 +163,7 @@ func (e *Editor) stream(r io.Reader, sizeBytes int64) (*Content, error) {
 			for data := buf[from:at]; len(data) > 0; {
 				got, err := e.blocks.take(uint64(len(data) / bs))
 				if err != nil {
-					return nil, err
+					return nil, fmt.Errorf("content of %d bytes, %d of them placed: %w", sizeBytes, c.blocks()*uint64(bs), err)
 				}
 				part := data[:int(got.length)*bs]
 				if _, err := e.img.WriteAt(part, int64(got.start)*int64(bs)); err != nil {

@@ -1,5 +1,7 @@
-// Package ext4 makes ext4 file-system images without mount, root or
-// e2fsprogs, using the standard library only.
+// Package ext4 writes, reads, edits, compares and copies ext4 file-system
+// images without mount, root or e2fsprogs, using the standard library only.
+//
+// # Writing
 //
 // File bytes are streamed once, straight to their final place in the image,
 // before anything need be known about names:
@@ -20,7 +22,27 @@
 // no random numbers, no map order. What it looks like inside is described in
 // docs/ext4.md.
 //
-// CopyFile copies an image, as cheaply as the host's file system can.
+// # Reading
+//
+// [Open] gives an [FS], which is an [io/fs.FS], over any [io.ReaderAt] with an
+// ext2, ext3 or ext4 file system:
+//
+//	fsys, err := ext4.Open(f)
+//	b, err := fs.ReadFile(fsys, "etc/hosts")
+//
+// # Editing
+//
+// [Edit] changes an image that anybody made, all or nothing:
+//
+//	err := ext4.Edit(ctx, "root.img", time.Now(), func(e *ext4.Editor) error {
+//		return e.Put("etc/hosts", &ext4.Inode{Mode: 0o100644}, r, sizeBytes)
+//	})
+//
+// # And the rest
+//
+// [Compare] tells how two trees differ, [Writer.AddTree] takes a tree from an
+// image into another, and [CopyFile] copies an image, as cheaply as the host's
+// file system can.
 package ext4
 
 import (

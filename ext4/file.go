@@ -256,7 +256,7 @@ type FileReader struct {
 	path   string
 	inline []byte // all bytes, if they lie in the inode
 	at     int64
-	read   uint64 // blocks that sequential reads have taken from the image
+	read   uint64 // bytes that sequential reads have taken from the image
 	closed bool
 
 	// For sequential reads only.
@@ -410,7 +410,7 @@ func (f *FileReader) readAt(p []byte, offset int64, sequential bool) (int, error
 		return len(p), nil
 	}
 	if sequential {
-		if f.read += uint64(ceilDiv(within+int64(len(p)), bs)); f.read > 2*f.fs.super.Blocks && int64(len(p)) >= bs {
+		if f.read += uint64(len(p)); f.read > 2*f.fs.super.Blocks*uint64(bs) {
 			return 0, pathError("read", f.path, corrupt("inode %d: more data than the image has blocks", f.inode.ino))
 		}
 	}

@@ -310,7 +310,15 @@ func TestHostileImages(t *testing.T) {
 		{"an entry of no inode", "there are only", editDir("a", func(b []byte) { le.PutUint32(entry(b, "b"), 1<<31) })},
 		{"an entry of another type", "another type", editDir("a", func(b []byte) { entry(b, "b")[7] = 1 })},
 		{"a name twice", "twice", editDir(".", func(b []byte) { entry(b, "g")[8] = 'f' })},
-		{"a directory of 2^40 bytes", "bytes", patched(t, image, "a", func(f *FS, _ []byte, _ *inode, raw []byte) { le.PutUint32(raw[disk.InodeSizeAt:], 1<<31) })},
+		{"two names of a directory, of no type", "two names", editDir(".", func(b []byte) {
+			// lost+found becomes a name of "a", and neither says what it is.
+			e := entry(b, "lost+found")
+			le.PutUint32(e, inoOf("a"))
+			e[7] = 0
+			i := bytes.Index(b, []byte("\x01\x02a"))
+			b[i+1] = 0
+		})},
+		{"a directory of 2^31 bytes", "bytes", patched(t, image, "a", func(f *FS, _ []byte, _ *inode, raw []byte) { le.PutUint32(raw[disk.InodeSizeAt:], 1<<31) })},
 		{"a directory with a hole", "hole", patched(t, image, "a", func(_ *FS, _ []byte, _ *inode, raw []byte) { le.PutUint32(raw[disk.InodeSizeAt:], 8192) })},
 		{"overlapping extents", "overlap", patched(t, image, "f", func(_ *FS, _ []byte, _ *inode, raw []byte) {
 			b := raw[disk.InodeBlockAt:][:60]

@@ -714,7 +714,7 @@ func number(name string, normal uint64) uint64 {
 }
 
 // Random trees; EXT4_TREES gives their number, EXT4_SEED the first seed. Every
-// one is built twice, and one of ten is mounted.
+// one is built twice and read back, and one of ten is mounted.
 func TestRandomTrees(t *testing.T) {
 	first := number("EXT4_SEED", uint64(time.Now().UnixNano()))
 	count := number("EXT4_TREES", 1000)
@@ -738,6 +738,10 @@ func TestRandomTrees(t *testing.T) {
 		}
 		if out := e2fs.Fsck(t, images[0].Name()); out != "" {
 			t.Fatalf("EXT4_SEED=%d: e2fsck: %s", seed, out)
+		}
+		list, err := differences(openImage(t, images[0].Name()), &memTree{files: files}, DiffAll|DiffAtime|DiffCtime|DiffCrtime)
+		if err != nil || len(list) > 0 {
+			t.Fatalf("EXT4_SEED=%d: read back: %v %q", seed, err, list)
 		}
 		if seed%10 == 0 || count < 10 {
 			dir, unmount := e2fs.Mount(t, images[0].Name(), "ro")
