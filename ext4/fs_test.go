@@ -3,7 +3,9 @@
 package ext4
 
 import (
+	"fmt"
 	"os"
+	"strings"
 	"testing"
 	"testing/fstest"
 
@@ -34,13 +36,17 @@ func sameAsKernel(t *testing.T, image string) {
 }
 
 func TestReadOwn(t *testing.T) {
-	files := sample()
-	files["link"].Target = "dir/../plain"
-	files["striped"] = striped(10)
-	image := build(t, files, params(64*mib))
-	sameAsKernel(t, image)
-	fsys := openImage(t, image)
-	if err := fstest.TestFS(fsys, "plain", "dir", "striped"); err != nil {
+	sameAsKernel(t, build(t, sample(), params(64*mib)))
+}
+
+// An FS keeps the promises of io/fs.
+func TestFS(t *testing.T) {
+	files := tree{"link": symlink(1), "t": regular("target"), "dir": directoryFile(), "dir/deep": directoryFile(), "dir/deep/file": regular("deep"),
+		"striped": striped(3), "empty": regular("")}
+	for i := range 40 {
+		files[fmt.Sprintf("dir/%d", i)] = regular(strings.Repeat("y", i*300))
+	}
+	if err := fstest.TestFS(openImage(t, build(t, files, params(8*mib))), "t", "dir/deep/file", "striped", "empty", "link"); err != nil {
 		t.Error(err)
 	}
 }
