@@ -87,23 +87,8 @@ func (e *Editor) put(w *walk, n *newInode, name string, content io.Reader, sizeB
 			return err
 		}
 	}
-	block, offset, err := e.fs.inodeAt(ino)
-	if err != nil {
+	if err := e.storeInode(ino, unused, raw); err != nil {
 		return err
-	}
-	var b []byte
-	if unused {
-		// The table may never have been cleared here.
-		b, err = e.replace(block)
-	} else {
-		b, err = e.change(block)
-	}
-	if err != nil {
-		return err
-	}
-	copy(b[offset:], raw)
-	if e.fs.geo.csum {
-		disk.SealInode(b[offset:][:len(raw)], ino, e.fs.geo.seed)
 	}
 	if err := e.setXattrs(ino, n.Xattrs); err != nil {
 		return err
@@ -120,6 +105,28 @@ func (e *Editor) put(w *walk, n *newInode, name string, content io.Reader, sizeB
 	}
 	if n.isDir() {
 		return e.addLinks(dir.ino, 1)
+	}
+	return nil
+}
+
+// storeInode puts a new inode into the table, of which that block was perhaps
+// never cleared.
+func (e *Editor) storeInode(ino uint32, unused bool, raw []byte) error {
+	block, offset, err := e.fs.inodeAt(ino)
+	if err != nil {
+		return err
+	}
+	get := e.change
+	if unused {
+		get = e.replace
+	}
+	b, err := get(block)
+	if err != nil {
+		return err
+	}
+	copy(b[offset:], raw)
+	if e.fs.geo.csum {
+		disk.SealInode(b[offset:][:len(raw)], ino, e.fs.geo.seed)
 	}
 	return nil
 }
@@ -438,20 +445,8 @@ func (e *Editor) putValue(x *xattrSet, i int, owner uint32) error {
 	if err := e.setContent(raw, &inode{ino: ino, mode: in.Mode}, c); err != nil {
 		return err
 	}
-	block, offset, err := e.fs.inodeAt(ino)
-	if err != nil {
+	if err := e.storeInode(ino, unused, raw); err != nil {
 		return err
-	}
-	b, err := e.change(block)
-	if unused && err == nil {
-		b, err = e.replace(block)
-	}
-	if err != nil {
-		return err
-	}
-	copy(b[offset:], raw)
-	if e.fs.geo.csum {
-		disk.SealInode(b[offset:][:len(raw)], ino, e.fs.geo.seed)
 	}
 	x.link(i, ino, hash)
 	return nil
