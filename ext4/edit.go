@@ -338,7 +338,13 @@ func (e *Editor) SetXattrs(path string, set map[string][]byte) error {
 				return err
 			}
 		}
-		return e.setXattrs(n.ino, set)
+		if err := e.setXattrs(n.ino, set); err != nil {
+			return err
+		}
+		return e.changeInode(n.ino, func(raw []byte) error {
+			e.touch(raw, disk.InodeCtimeAt, disk.InodeCtimeExtraAt)
+			return nil
+		})
 	})
 }
 

@@ -622,6 +622,59 @@ func TestEditBadCalls(t *testing.T) {
 	e2fs.Clean(t, image)
 }
 
+// Times are those asked for, else that of the edit; what an edit changes shows
+// it, and nothing else does.
+func TestEditTimes(t *testing.T) {
+	image := flavoured(t, []string{"-t", "ext4"}, nil)
+	before := openImage(t, clone(t, image))
+	own := Inode{Mode: 0o100644, Atime: time.Unix(1, 1), Mtime: time.Unix(2, 2), Ctime: time.Unix(3, 3), Crtime: time.Unix(4, 4)}
+	withX := own
+	withX.Xattrs = map[string][]byte{"user.x": bytes.Repeat([]byte("x"), 500)}
+	must(t, Edit(context.Background(), image, editTime, func(e *Editor) error {
+		return errors.Join(
+			e.Put("own", &own, nil, 0), e.Put("few/own-x", &withX, nil, 0), e.Put("few/new", &Inode{Mode: 0o100644}, nil, 0),
+			e.Chmod("size-0", 0o777), e.SetXattrs("size-1", withX.Xattrs), e.Remove("deep/hard"),
+			e.Chtimes("size-60", time.Unix(5, 5), time.Time{}),
+		)
+	}))
+	e2fs.Clean(t, image)
+	after := openImage(t, image)
+	stat := func(f *FS, path string) *Stat {
+		info, err := f.Lstat(path)
+		must(t, err)
+		return info.Sys().(*Stat)
+	}
+	for _, c := range []struct {
+		path                         string
+		atime, mtime, ctime, created time.Time // zero: as before
+	}{
+		{"own", own.Atime, own.Mtime, own.Ctime, own.Crtime},
+		{"few/own-x", own.Atime, own.Mtime, own.Ctime, own.Crtime},
+		{"few/new", editTime, editTime, editTime, editTime},
+		{"few", time.Time{}, editTime, editTime, time.Time{}},
+		{"deep", time.Time{}, editTime, editTime, time.Time{}},
+		{"size-0", time.Time{}, time.Time{}, editTime, time.Time{}},
+		{"size-1", time.Time{}, time.Time{}, editTime, time.Time{}},
+		{"hard", time.Time{}, time.Time{}, editTime, time.Time{}}, // has lost a name
+		{"size-60", time.Unix(5, 5), time.Time{}, editTime, time.Time{}},
+		{"few/1", time.Time{}, time.Time{}, time.Time{}, time.Time{}},
+	} {
+		got := stat(after, c.path)
+		for what, pair := range map[string][2]time.Time{
+			"atime": {got.Atime, c.atime}, "mtime": {got.Mtime, c.mtime}, "ctime": {got.Ctime, c.ctime}, "crtime": {got.Crtime, c.created},
+		} {
+			want := pair[1]
+			if want.IsZero() {
+				old := stat(before, c.path)
+				want = map[string]time.Time{"atime": old.Atime, "mtime": old.Mtime, "ctime": old.Ctime, "crtime": old.Crtime}[what]
+			}
+			if !pair[0].Equal(want) {
+				t.Errorf("%s: %s is %v, not %v", c.path, what, pair[0].UTC(), want.UTC())
+			}
+		}
+	}
+}
+
 // What was removed while open, and cut while it was cut, is finished by an
 // edit as the kernel does at the next mount.
 func TestEditOrphans(t *testing.T) {

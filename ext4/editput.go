@@ -406,7 +406,6 @@ func (e *Editor) setXattrs(ino uint32, set map[string][]byte) error {
 		}
 		le.PutUint32(raw[disk.InodeBlocksAt:], uint32(sectors))
 		le.PutUint16(raw[disk.InodeBlocksHiAt:], uint16(sectors>>32))
-		e.touch(raw, disk.InodeCtimeAt, disk.InodeCtimeExtraAt)
 		return nil
 	})
 }
