@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"strings"
+	"sync"
 	"testing"
 	"testing/fstest"
 
@@ -49,4 +50,20 @@ func TestFS(t *testing.T) {
 	if err := fstest.TestFS(openImage(t, build(t, files, params(8*mib))), "t", "dir/deep/file", "striped", "empty", "link"); err != nil {
 		t.Error(err)
 	}
+}
+
+// One FS serves many readers at once.
+func TestConcurrentReads(t *testing.T) {
+	image := build(t, sample(), params(64*mib))
+	fsys, other := openImage(t, image), openImage(t, image)
+	var wg sync.WaitGroup
+	for range 8 {
+		wg.Go(func() {
+			list, err := differences(fsys, other, DiffAll)
+			if err != nil || len(list) > 0 {
+				t.Errorf("%v %q", err, list)
+			}
+		})
+	}
+	wg.Wait()
 }
