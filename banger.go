@@ -56,6 +56,79 @@ const (
 	StateDeleting State = "deleting"
 )
 
+// A VM is one virtual machine, as `banger inspect` shows it. What a guest or an
+// image brought about (Reason, Image) is untrusted text.
+type VM struct {
+	Name        string   `json:"name"`
+	ID          string   `json:"id"` // 12 hex digits
+	State       State    `json:"state"`
+	Reason      string   `json:"reason,omitempty"` // of the state, where there is more to say
+	Image       string   `json:"image"`            // full name of the image when the VM was made
+	ImageID     string   `json:"image_id"`         // of the base image it is bound to
+	Kernel      string   `json:"kernel"`
+	Driver      string   `json:"driver"` // of the last start; "" before the first
+	Accel       Accel    `json:"accel"`  // of the last start; what was asked for before it
+	CPUs        int      `json:"cpus"`
+	MemoryBytes int64    `json:"memory_bytes"`
+	Command     []string `json:"command,omitempty"` // its main command: the VM stops when that ends
+	ExitCode    *int     `json:"exit_code"`         // of the main command's last run; null where there is none
+	Ephemeral   bool     `json:"ephemeral"`         // removed when it stops
+	Disks       []Disk   `json:"disks"`
+	Ports       []Port   `json:"ports"`
+
+	PID     int        `json:"pid"`     // of the VMM; 0 where none runs
+	Created time.Time  `json:"created"` // when its disks were made
+	Started *time.Time `json:"started"` // its last start; null before the first
+
+	Confinement *Confinement `json:"confinement,omitempty"` // of the VMM that runs
+}
+
+// A Disk is a file that a VM has as a drive.
+type Disk struct {
+	Path           string `json:"path"`
+	Role           string `json:"role"` // base, overlay, work, modules
+	SizeBytes      int64  `json:"size_bytes"`
+	AllocatedBytes int64  `json:"allocated_bytes"` // what it occupies on the host
+}
+
+// A Port is a port of the host that leads to one of a VM.
+type Port struct {
+	Protocol  string `json:"protocol"` // tcp or udp
+	HostAddr  string `json:"host_addr"`
+	HostPort  uint16 `json:"host_port"`
+	GuestPort uint16 `json:"guest_port"`
+}
+
+// Confinement is what keeps a VMM from the rest of the host: what was really
+// applied, not what was asked for.
+type Confinement struct {
+	Seccomp     bool     `json:"seccomp"`      // the VMM filters its own system calls
+	NoNewPrivs  bool     `json:"no_new_privs"` // prctl(2) PR_SET_NO_NEW_PRIVS
+	LandlockABI int      `json:"landlock_abi"` // landlock(7); 0: the kernel has none
+	Namespaces  []string `json:"namespaces"`   // user, net, pid, ipc, uts
+	Limits      []string `json:"limits"`       // "nofile 1024", "memory.max 1342177280", ...
+	Missing     []string `json:"missing"`      // what this host does not allow, and why
+	// Proof is one thing that was tried after all that, and had to fail.
+	Proof string `json:"proof"`
+}
+
+// A Check is one thing that `banger doctor` looked at.
+type Check struct {
+	Name  string     `json:"name"`
+	State CheckState `json:"state"`
+	Found string     `json:"found"`
+	Fix   string     `json:"fix,omitempty"` // what to do, where it is not ok
+}
+
+// A CheckState says whether something is as it should be.
+type CheckState string
+
+const (
+	CheckOK   CheckState = "ok"
+	CheckWarn CheckState = "warn" // banger works, and could do better
+	CheckFail CheckState = "fail" // banger does not work
+)
+
 // A Stage is a milestone of a boot. Stages are reached in the order declared.
 type Stage string
 
@@ -96,4 +169,6 @@ type Spec struct {
 	Accel       Accel  `json:"accel,omitempty"`
 	Init        string `json:"init,omitempty"` // auto, image, agent
 	Kernel      string `json:"kernel,omitempty"`
+	// Command takes the place of the image's Cmd in the VM's main command.
+	Command []string `json:"command,omitempty"`
 }

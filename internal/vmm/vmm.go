@@ -65,6 +65,8 @@ type Info struct {
 	Reason  string       `json:"reason"` // why auto chose that, one clause
 	// Sandbox says whether the VMM filters its own system calls.
 	Sandbox bool `json:"sandbox"`
+	// Confinement is what was applied to a process; nil for a probe.
+	Confinement *banger.Confinement `json:"confinement,omitempty"`
 }
 
 // A Driver starts machines on one kind of VMM.

@@ -148,7 +148,7 @@ func testMachine(tb testing.TB) vmm.Machine {
 func TestConformance(t *testing.T) {
 	testMachine(t) // skip here, once, rather than in every part
 	vmmtest.Run(t, vmmtest.Harness{
-		New:         func(testing.TB) vmm.Driver { return New() },
+		New:         func(testing.TB) vmm.Driver { return confined() },
 		Machine:     testMachine,
 		BootTimeout: 2 * time.Minute,
 		Processes:   true,

@@ -90,7 +90,7 @@ func (p *process) spawn() error {
 		return err
 	}
 	p.pid = p.cmd.Process.Pid
-	// A core file would hold the guest's memory.
+	// A core file would hold the guest's memory. The launcher sets this too.
 	_ = unix.Prlimit(p.pid, unix.RLIMIT_CORE, &unix.Rlimit{}, nil)
 	return nil
 }

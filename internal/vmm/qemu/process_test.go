@@ -30,12 +30,16 @@ import (
 const helperVar = "BANGER_TEST_START_MACHINE"
 
 func TestMain(m *testing.M) {
+	if len(os.Args) > 1 && os.Args[1] == confineArg {
+		fmt.Fprintln(os.Stderr, Confined(os.Args[2:]))
+		os.Exit(1)
+	}
 	if text := os.Getenv(helperVar); text != "" {
 		var machine vmm.Machine
 		err := json.Unmarshal([]byte(text), &machine)
 		if err == nil {
 			var p vmm.Process
-			if p, err = New().Start(context.Background(), machine); err == nil {
+			if p, err = confined().Start(context.Background(), machine); err == nil {
 				fmt.Println(p.PID())
 				time.Sleep(time.Minute)
 			}
@@ -44,6 +48,18 @@ func TestMain(m *testing.M) {
 		os.Exit(1)
 	}
 	os.Exit(m.Run())
+}
+
+// confineArg makes the test binary the launcher.
+const confineArg = "confine"
+
+// confined is the driver as banger uses it.
+func confined() *Driver {
+	self, err := os.Executable()
+	if err != nil {
+		panic(err)
+	}
+	return New(self, confineArg)
 }
 
 // tcgMachine is a test machine that asks for TCG, and so never for a probe.
@@ -111,7 +127,7 @@ func TestOutlivesThread(t *testing.T) {
 	started := make(chan vmm.Process)
 	go func() {
 		runtime.LockOSThread() // never unlocked: the thread ends with the goroutine
-		p, err := New().Start(context.Background(), m)
+		p, err := confined().Start(context.Background(), m)
 		if err != nil {
 			t.Error(err)
 		}
@@ -152,7 +168,7 @@ func TestConfinement(t *testing.T) {
 		}
 	}
 	m.Drives = []vmm.Drive{{Path: ro, ReadOnly: true}, {Path: rw}}
-	p := startProcess(t, New(), m)
+	p := startProcess(t, confined(), m)
 	proc := fmt.Sprintf("/proc/%d/", p.PID())
 
 	status, err := os.ReadFile(proc + "status")
@@ -225,7 +241,13 @@ func TestForeignEnd(t *testing.T) {
 		{syscall.SIGSEGV, -1, ""},
 		{syscall.SIGTERM, 0, "terminating on signal 15"},
 	} {
-		p := startProcess(t, New(), tcgMachine(t))
+		d := confined()
+		if row.signal == syscall.SIGSEGV {
+			// The first process of a name space takes no such signal from
+			// outside, only a fault of its own.
+			d = New()
+		}
+		p := startProcess(t, d, tcgMachine(t))
 		if err := syscall.Kill(p.PID(), row.signal); err != nil {
 			t.Fatal(err)
 		}
@@ -242,7 +264,7 @@ func TestForeignEnd(t *testing.T) {
 
 // TestBrokenMonitor gives up a QEMU whose monitor cannot be understood.
 func TestBrokenMonitor(t *testing.T) {
-	p := startProcess(t, New(), tcgMachine(t))
+	p := startProcess(t, confined(), tcgMachine(t))
 	p.abort("the test says so")
 	<-p.Done()
 	if e := p.Exit(); e.Cause != vmm.CauseCrashed || !strings.Contains(e.Output, "the test says so") {
@@ -256,7 +278,7 @@ func TestBadKernel(t *testing.T) {
 	if err := os.WriteFile(m.Boot.Kernel, []byte("\x7fELF, but not really"), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	p, err := New().Start(t.Context(), m)
+	p, err := confined().Start(t.Context(), m)
 	if err == nil {
 		p.Kill()
 		<-p.Done()
@@ -438,7 +460,7 @@ func TestMachineLimits(t *testing.T) {
 		}
 		m.Drives = append(m.Drives, vmm.Drive{Path: path})
 	}
-	startProcess(t, New(), m)
+	startProcess(t, confined(), m)
 	out, err := exec.Command(program, "-M", "microvm", "-display", "none", "-nodefaults", "-smp", strconv.Itoa(maxCPUs+1)).CombinedOutput()
 	if err == nil || !strings.Contains(string(out), strconv.Itoa(maxCPUs)) {
 		t.Errorf("%d CPUs: %v, %s", maxCPUs+1, err, out)
@@ -502,7 +524,7 @@ func TestFullDisk(t *testing.T) {
 		t.Fatal(err)
 	}
 	m.Drives = []vmm.Drive{{Path: disk}}
-	p := startProcess(t, New(), m)
+	p := startProcess(t, confined(), m)
 	ask := dialAsk(t, p)
 	if err := os.WriteFile(filler, make([]byte, 1<<20), 0o600); !errors.Is(err, syscall.ENOSPC) {
 		t.Fatalf("filling the disk: %v", err)
@@ -578,7 +600,7 @@ func BenchmarkStart(b *testing.B) {
 
 // BenchmarkStream is the way of bytes to the guest and back.
 func BenchmarkStream(b *testing.B) {
-	p, err := New().Start(b.Context(), testMachine(b))
+	p, err := confined().Start(b.Context(), testMachine(b))
 	if err != nil {
 		b.Fatal(err)
 	}

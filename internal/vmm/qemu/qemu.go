@@ -11,6 +11,7 @@ package qemu
 
 import (
 	"bufio"
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -21,6 +22,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"sync/atomic"
@@ -62,12 +64,17 @@ const (
 // A Driver starts machines on QEMU. It may be used from any goroutine.
 type Driver struct {
 	program   string
+	launcher  []string // see New
 	probe     func() kvmResult
 	noSandbox atomic.Bool // this QEMU was built without seccomp
 }
 
-// New makes a driver for the QEMU found in PATH when it is needed.
-func New() *Driver { return &Driver{program: program, probe: probeKVM} }
+// New makes a driver for the QEMU found in PATH when it is needed. launcher is
+// a command that calls Confined with the arguments that follow it; QEMU is
+// started through it. Without one QEMU is not confined but by its own filter.
+func New(launcher ...string) *Driver {
+	return &Driver{program: program, launcher: launcher, probe: probeKVM}
+}
 
 var _ vmm.Driver = (*Driver)(nil)
 
@@ -164,7 +171,7 @@ func (d *Driver) Start(ctx context.Context, m vmm.Machine) (vmm.Process, error) 
 	for {
 		sandbox := !d.noSandbox.Load()
 		info.Sandbox = sandbox
-		p, err := start(ctx, m, info)
+		p, err := d.start(ctx, m, info)
 		// A QEMU without seccomp says so at once; asking it beforehand would
 		// cost every start the time of one more process.
 		var early *earlyExit
@@ -239,7 +246,7 @@ type earlyExit struct {
 func (e *earlyExit) Error() string { return e.err.Error() }
 
 // start spawns one QEMU and brings it to its first guest instruction.
-func start(ctx context.Context, m vmm.Machine, info vmm.Info) (_ *process, err error) {
+func (d *Driver) start(ctx context.Context, m vmm.Machine, info vmm.Info) (_ *process, err error) {
 	if err := context.Cause(ctx); err != nil {
 		return nil, fmt.Errorf("qemu: %w", err)
 	}
@@ -295,17 +302,44 @@ func start(ctx context.Context, m vmm.Machine, info vmm.Info) (_ *process, err e
 	p.serial, p.printed = ends["console"], printed
 	p.monitor = newMonitor(ends["qmp"], p.onEvent)
 	p.channel = newChannel(ends["agent"], p.paused)
-	p.cmd = &exec.Cmd{
-		Path: info.Program, Args: append([]string{info.Program}, args...),
-		Env: environment(), Dir: "/",
-		Stdout: theirs, Stderr: theirs, ExtraFiles: in.files,
-		// Own process group: a terminal's Ctrl-C is not for QEMU.
-		SysProcAttr: &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL, Setpgid: true},
+	spawn := func(isolated bool) (rep *reportPipe, err error) {
+		p.cmd = &exec.Cmd{
+			Path: info.Program, Args: append([]string{info.Program}, args...),
+			Env: environment(), Dir: "/",
+			Stdout: theirs, Stderr: theirs, ExtraFiles: slices.Clone(in.files),
+			// Own process group: a terminal's Ctrl-C is not for QEMU.
+			SysProcAttr: &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL, Setpgid: true},
+		}
+		var names []string
+		if len(d.launcher) > 0 {
+			if rep, err = in.launched(p.cmd, d.launcher, m); err != nil {
+				return nil, err
+			}
+			defer rep.theirs.Close()
+			if isolated {
+				names = isolate(p.cmd.SysProcAttr)
+			}
+		}
+		if err := unix.CloseRange(firstInheritedFD, math.MaxUint32, unix.CLOSE_RANGE_CLOEXEC); err != nil && !errors.Is(err, unix.ENOSYS) {
+			return nil, fmt.Errorf("descriptors: %w", err)
+		}
+		if err := p.spawn(); err != nil {
+			rep.close()
+			return nil, err
+		}
+		if rep != nil {
+			rep.names = names
+		}
+		return rep, nil
 	}
-	if err := unix.CloseRange(firstInheritedFD, math.MaxUint32, unix.CLOSE_RANGE_CLOEXEC); err != nil && !errors.Is(err, unix.ENOSYS) {
-		return nil, fmt.Errorf("qemu: descriptors: %w", err)
+	told, err := spawn(true)
+	var unshared string
+	if errors.Is(err, unix.EPERM) || errors.Is(err, unix.ENOSPC) || errors.Is(err, unix.EINVAL) || errors.Is(err, unix.EACCES) {
+		// The host allows no name spaces to an ordinary user.
+		unshared = fmt.Sprintf("namespaces: %v", errors.Unwrap(err))
+		told, err = spawn(false)
 	}
-	if err := p.spawn(); err != nil {
+	if err != nil {
 		return nil, banger.Errorf(banger.CodeUnavailable, "qemu: %s does not start: %w", info.Program, err)
 	}
 	in.close()
@@ -314,7 +348,14 @@ func start(ctx context.Context, m vmm.Machine, info vmm.Info) (_ *process, err e
 	p.watch()
 
 	// QEMU starts stopped, so no event can be missed.
-	if err = p.monitor.negotiate(ctx); err == nil {
+	if p.info.Confinement, err = told.read(ctx); err == nil {
+		p.info.Confinement.Seccomp = info.Sandbox
+		if unshared != "" {
+			p.info.Confinement.Missing = append(p.info.Confinement.Missing, unshared)
+		}
+		err = p.monitor.negotiate(ctx)
+	}
+	if err == nil {
 		p.info.Version = p.monitor.version
 		err = p.monitor.execute(ctx, "cont", nil)
 	}
@@ -341,6 +382,76 @@ func start(ctx context.Context, m vmm.Machine, info vmm.Info) (_ *process, err e
 		return nil, fmt.Errorf("qemu: %w (it printed %q)", err, e)
 	}
 	return nil, fmt.Errorf("qemu: %w", err)
+}
+
+// A reportPipe is where the launcher tells what it achieved. Nil stands for no
+// launcher.
+type reportPipe struct {
+	ours, theirs *os.File
+	names        []string // of the name spaces that were asked for
+}
+
+// launched makes cmd one of the launcher, which becomes what cmd was.
+func (in *inherited) launched(cmd *exec.Cmd, launcher []string, m vmm.Machine) (*reportPipe, error) {
+	ours, theirs, err := os.Pipe()
+	if err != nil {
+		return nil, err
+	}
+	l := launch{ReportFD: firstInheritedFD + len(in.files), Files: in.reopened}
+	for _, d := range m.Drives {
+		if st, err := os.Stat(d.Path); err == nil && !d.ReadOnly {
+			l.FileBytes = max(l.FileBytes, st.Size())
+		}
+	}
+	text, err := json.Marshal(l)
+	if err != nil {
+		panic("qemu: " + err.Error()) // plain data always marshals
+	}
+	cmd.Args = slices.Concat(launcher, []string{string(text)}, cmd.Args)
+	cmd.Path = launcher[0]
+	cmd.ExtraFiles = append(cmd.ExtraFiles, theirs)
+	return &reportPipe{ours: ours, theirs: theirs}, nil
+}
+
+func (r *reportPipe) close() {
+	if r != nil {
+		r.ours.Close()
+	}
+}
+
+// read waits until the launcher has become QEMU, or has said why not.
+func (r *reportPipe) read(ctx context.Context) (*banger.Confinement, error) {
+	if r == nil {
+		return &banger.Confinement{Missing: []string{"no launcher was given to the driver"}}, nil
+	}
+	defer r.close()
+	ctx, cancel := context.WithTimeout(ctx, qmpTimeout)
+	defer cancel()
+	defer context.AfterFunc(ctx, func() { r.ours.SetReadDeadline(time.Unix(1, 0)) })()
+	data, err := io.ReadAll(io.LimitReader(r.ours, maxReportBytes))
+	if err != nil {
+		if cause := context.Cause(ctx); cause != nil {
+			err = cause
+		}
+		return nil, fmt.Errorf("launcher: %w", err)
+	}
+	// A second report is the failure of the exec after the first.
+	var last report
+	dec := json.NewDecoder(bytes.NewReader(data))
+	for n := 0; ; n++ {
+		var next report
+		if err := dec.Decode(&next); err == io.EOF && n > 0 {
+			break
+		} else if err != nil {
+			return nil, fmt.Errorf("launcher: it told nothing (%w)", err)
+		}
+		last = next
+	}
+	if last.Error != "" {
+		return nil, fmt.Errorf("launcher: %s", last.Error)
+	}
+	last.Confinement.Namespaces = r.names
+	return &last.Confinement, nil
 }
 
 // explain turns an early end into an error whose next step is known where the
@@ -394,12 +505,14 @@ func arguments(m vmm.Machine, info vmm.Info, tscKHz int, in *inherited) ([]strin
 	if err != nil {
 		return nil, err
 	}
+	in.reopened = append(in.reopened, kernel)
 	args = append(args, "-kernel", fmt.Sprintf("/proc/self/fd/%d", kernel), "-append", commandLine(m, tscKHz))
 	if m.Boot.Initrd != "" {
 		initrd, err := in.open("initrd", m.Boot.Initrd, true)
 		if err != nil {
 			return nil, err
 		}
+		in.reopened = append(in.reopened, initrd)
 		args = append(args, "-initrd", fmt.Sprintf("/proc/self/fd/%d", initrd))
 	}
 	args = append(args, "-device", "virtio-rng-device")
@@ -472,7 +585,8 @@ func commandLine(m vmm.Machine, tscKHz int) string {
 // inherited collects the descriptors that QEMU gets, in the order of their
 // numbers there.
 type inherited struct {
-	files []*os.File
+	files    []*os.File
+	reopened []int // numbers of those that QEMU opens again by name
 }
 
 // add returns the number f has in QEMU.
