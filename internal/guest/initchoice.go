@@ -63,7 +63,7 @@ func chooseInit(root string, c *wire.BootConfig) (initChoice, error) {
 		}
 		return installed, nil
 	}
-	plain := len(c.Entrypoint) == 0 && (len(c.Cmd) == 0 || isShell(c.Cmd))
+	plain := len(c.Entrypoint) == 0 && (len(c.Cmd) == 0 || wire.IsShell(c.Cmd))
 	if ok && plain && (kind == kindSystemd || kind == kindOpenRC) {
 		return installed, nil
 	}
@@ -92,21 +92,4 @@ func initAt(root, program string) (initKind, bool) {
 		return kindBusybox, true
 	}
 	return kindOther, true
-}
-
-// isShell says whether a command is nothing but an interactive shell.
-func isShell(command []string) bool {
-	switch path.Base(command[0]) {
-	case "sh", "bash", "ash", "dash", "zsh", "ksh", "fish":
-	default:
-		return false
-	}
-	for _, arg := range command[1:] {
-		switch arg {
-		case "-i", "-l", "-il", "-li", "--login":
-		default:
-			return false
-		}
-	}
-	return true
 }

@@ -1,5 +1,7 @@
 package wire
 
+import "path"
+
 // An Op is what a Request asks for.
 type Op string
 
@@ -133,4 +135,22 @@ type BootConfig struct {
 	Init       string   `json:"init"`
 	Entrypoint []string `json:"entrypoint,omitempty"`
 	Cmd        []string `json:"cmd,omitempty"`
+}
+
+// IsShell says whether a command, which has at least one word, is nothing but
+// an interactive shell: an image whose command is one starts nothing else.
+func IsShell(command []string) bool {
+	switch path.Base(command[0]) {
+	case "sh", "bash", "ash", "dash", "zsh", "ksh", "fish":
+	default:
+		return false
+	}
+	for _, arg := range command[1:] {
+		switch arg {
+		case "-i", "-l", "-il", "-li", "--login":
+		default:
+			return false
+		}
+	}
+	return true
 }
