@@ -9,7 +9,9 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -178,6 +180,12 @@ func TestScripts(t *testing.T) {
 				return err
 			}
 			env.Setenv("BANGER_HOME", home)
+			// The daemons that the script started stay for a while: end them.
+			env.Defer(func() {
+				for _, p := range processesOf(env.WorkDir) {
+					syscall.Kill(p.pid, syscall.SIGKILL)
+				}
+			})
 			env.Setenv("REGISTRY", world.registry.addr)
 			env.Setenv("LAYOUT", world.layout)
 			env.Setenv("BIN", world.bin)
@@ -189,6 +197,7 @@ func TestScripts(t *testing.T) {
 		},
 		Cmds: map[string]func(*testscript.TestScript, bool, []string){
 			"nothing-left": nothingLeft,
+			"kill-of":      killOf,
 			"wait-for":     waitFor,
 			"corrupt-blob": corruptBlob,
 			"same-digest":  sameDigest,
@@ -206,7 +215,8 @@ func TestScripts(t *testing.T) {
 }
 
 // nothingLeft fails if a script's store holds a VM or anything half made, or
-// if a process of banger's still runs for it.
+// if a process of banger's still runs for it, but for the one daemon that
+// waits for more to do.
 func nothingLeft(ts *testscript.TestScript, neg bool, args []string) {
 	home := ts.Getenv("BANGER_HOME")
 	for _, room := range []string{"vms", "tmp", "trash"} {
@@ -218,22 +228,99 @@ func nothingLeft(ts *testscript.TestScript, neg bool, args []string) {
 			ts.Fatalf("left behind: %s/%s", room, e.Name())
 		}
 	}
+	daemons := 0
 	for _, p := range processesOf(home) {
-		ts.Fatalf("left behind: process %s", p)
+		if p.is("bangerd serve") {
+			daemons++
+			continue
+		}
+		ts.Fatalf("left behind: process %d %s", p.pid, p.line)
+	}
+	if daemons > 1 {
+		ts.Fatalf("%d daemons", daemons)
 	}
 }
 
-// processesOf lists the processes that were started with this BANGER_HOME.
-func processesOf(home string) (found []string) {
-	mark := []byte("BANGER_HOME=" + home + "\x00")
+// killOf sends SIGKILL to what runs for the script's store: kill-of WHAT, where
+// WHAT is daemon, supervisor or vmm.
+func killOf(ts *testscript.TestScript, neg bool, args []string) {
+	lines := map[string]string{"daemon": "bangerd serve", "supervisor": "bangerd supervise ", "vmm": "qemu-system-x86_64 "}
+	if len(args) != 1 || lines[args[0]] == "" {
+		ts.Fatalf("usage: kill-of daemon|supervisor|vmm")
+	}
+	var killed []int
+	for _, p := range processesOf(ts.Getenv("BANGER_HOME")) {
+		if p.is(lines[args[0]]) {
+			ts.Check(syscall.Kill(p.pid, syscall.SIGKILL))
+			killed = append(killed, p.pid)
+		}
+	}
+	// A VMM has another environment: it is its supervisor's child.
+	if args[0] == "vmm" {
+		for _, p := range processesOf(ts.Getenv("BANGER_HOME")) {
+			children, _ := os.ReadFile(fmt.Sprintf("/proc/%d/task/%d/children", p.pid, p.pid))
+			tasks, _ := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/children", p.pid))
+			for _, task := range tasks {
+				more, _ := os.ReadFile(task)
+				children = append(children, more...)
+			}
+			for _, word := range strings.Fields(string(children)) {
+				if pid, err := strconv.Atoi(word); err == nil && p.is("bangerd supervise ") && syscall.Kill(pid, syscall.SIGKILL) == nil {
+					killed = append(killed, pid)
+				}
+			}
+		}
+	}
+	if len(killed) == 0 {
+		ts.Fatalf("there is no %s", args[0])
+	}
+	for end := time.Now().Add(10 * time.Second); ; time.Sleep(10 * time.Millisecond) {
+		there := 0
+		for _, pid := range killed {
+			if line, err := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid)); err == nil && len(line) > 0 {
+				there++
+			}
+		}
+		if there == 0 {
+			return
+		}
+		if time.Now().After(end) {
+			ts.Fatalf("%v do not end", killed)
+		}
+	}
+}
+
+// A process is one of banger's.
+type process struct {
+	pid  int
+	line string // its arguments, the first without its folder
+}
+
+func (p process) is(line string) bool { return p.line == line || strings.HasPrefix(p.line, line) }
+
+// processesOf lists the processes that were started with this BANGER_HOME, or
+// one below it.
+func processesOf(home string) (found []process) {
 	dirs, _ := filepath.Glob("/proc/[0-9]*")
 	for _, dir := range dirs {
 		env, err := os.ReadFile(dir + "/environ")
-		if err != nil || !bytes.Contains(env, mark) {
+		if err != nil {
 			continue
 		}
-		line, _ := os.ReadFile(dir + "/cmdline")
-		found = append(found, filepath.Base(dir)+" "+string(bytes.ReplaceAll(line, []byte{0}, []byte{' '})))
+		ours := false
+		for _, kv := range bytes.Split(env, []byte{0}) {
+			if value, is := bytes.CutPrefix(kv, []byte("BANGER_HOME=")); is && (string(value) == home || strings.HasPrefix(string(value), home+"/")) {
+				ours = true
+			}
+		}
+		line, err := os.ReadFile(dir + "/cmdline")
+		pid, pidErr := strconv.Atoi(filepath.Base(dir))
+		if !ours || err != nil || pidErr != nil || len(line) == 0 {
+			continue
+		}
+		words := strings.Split(strings.TrimSuffix(string(line), "\x00"), "\x00")
+		words[0] = filepath.Base(words[0])
+		found = append(found, process{pid, strings.Join(words, " ")})
 	}
 	return found
 }

@@ -45,10 +45,11 @@ type request struct {
 
 // An Event tells of a call that goes on. One field is set.
 type Event struct {
-	Progress *Progress `json:"progress,omitempty"`
-	Stage    *Stage    `json:"stage,omitempty"`
-	Notice   string    `json:"notice,omitempty"`  // one line for the user
-	Started  bool      `json:"started,omitempty"` // the session runs: input and signals reach it
+	Progress *Progress  `json:"progress,omitempty"`
+	Stage    *Stage     `json:"stage,omitempty"`
+	Notice   string     `json:"notice,omitempty"`  // one line for the user
+	Started  bool       `json:"started,omitempty"` // the session runs: input and signals reach it
+	VM       *banger.VM `json:"vm,omitempty"`      // of a run: it is up, and its supervisor serves the connection that came with the call
 }
 
 // Progress is how far a long step is.

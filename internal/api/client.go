@@ -25,6 +25,10 @@ const (
 	AgentProgram  = "banger-vsock-agent"
 )
 
+// ErrGone is the cause of the error of a call whose server ended before it
+// answered.
+var ErrGone = errors.New("the other side is gone")
+
 // Companion finds a program of the same release: beside the one that runs,
 // after symlinks. Nothing is looked up in PATH.
 func Companion(name string) (string, error) {
@@ -43,13 +47,49 @@ func Companion(name string) (string, error) {
 	return path, nil
 }
 
-// A Client makes one call to a daemon started for it. The daemon ends with
-// the call.
+// A Client makes one call.
 type Client struct {
 	conn  *net.UnixConn
 	out   *writer
-	cmd   *exec.Cmd
+	cmd   *exec.Cmd     // the daemon that was started for it and ends with the call; nil for none
 	asked chan struct{} // closed once the request is written: no frame may come before it
+}
+
+// NewClient makes a client of a connection, which it closes after the call.
+func NewClient(conn *net.UnixConn) *Client {
+	return &Client{conn: conn, out: &writer{w: conn}, asked: make(chan struct{})}
+}
+
+// Pair makes a connection of which one end can be given away: whoever serves
+// it then answers a client of the other.
+func Pair() (ours *net.UnixConn, theirs *os.File, err error) {
+	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return nil, nil, fmt.Errorf("socket: %w", err)
+	}
+	f := os.NewFile(uintptr(fds[0]), "daemon")
+	theirs = os.NewFile(uintptr(fds[1]), "client")
+	ours, err = ConnOf(f)
+	f.Close() // ConnOf duplicates it
+	if err != nil {
+		theirs.Close()
+		return nil, nil, err
+	}
+	return ours, theirs, nil
+}
+
+// ConnOf makes a connection of a file, which stays the caller's to close.
+func ConnOf(f *os.File) (*net.UnixConn, error) {
+	c, err := net.FileConn(f)
+	if err != nil {
+		return nil, fmt.Errorf("socket: %w", err)
+	}
+	conn, ok := c.(*net.UnixConn)
+	if !ok {
+		c.Close()
+		return nil, fmt.Errorf("socket: %s is no unix socket", f.Name())
+	}
+	return conn, nil
 }
 
 // Start starts a daemon for one call, in a session of its own so that a
@@ -59,19 +99,11 @@ func Start() (*Client, error) {
 	if err != nil {
 		return nil, err
 	}
-	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	conn, theirs, err := Pair()
 	if err != nil {
-		return nil, fmt.Errorf("socket: %w", err)
+		return nil, err
 	}
-	ours := os.NewFile(uintptr(fds[0]), "daemon")
-	theirs := os.NewFile(uintptr(fds[1]), "client")
 	defer theirs.Close()
-	defer ours.Close() // FileConn duplicates it
-	c, err := net.FileConn(ours)
-	if err != nil {
-		return nil, fmt.Errorf("socket: %w", err)
-	}
-	conn := c.(*net.UnixConn)
 	cmd := exec.Command(program, "call")
 	cmd.ExtraFiles = []*os.File{theirs} // descriptor 3
 	cmd.Stderr = os.Stderr              // a crash of the daemon must be seen
@@ -80,7 +112,9 @@ func Start() (*Client, error) {
 		conn.Close()
 		return nil, fmt.Errorf("%s: %w", program, err)
 	}
-	return &Client{conn: conn, out: &writer{w: conn}, cmd: cmd, asked: make(chan struct{})}, nil
+	c := NewClient(conn)
+	c.cmd = cmd
+	return c, nil
 }
 
 // Cancel asks the daemon to end the call. The call then returns an error of
@@ -97,13 +131,17 @@ func (c *Client) Send(t wire.FrameType, payload []byte) error {
 	return c.out.frame(t, payload)
 }
 
-// Call makes the call and returns when the daemon is gone. Events and session
+// Call makes the call and returns when it is over, and with it a daemon that
+// was started for it. Events and session
 // frames are given to the handlers, which may be nil, one at a time; an
 // error of onFrame ends the call.
 func (c *Client) Call(ctx context.Context, method string, params any, files []*os.File, result any,
 	onEvent func(Event), onFrame func(wire.Frame) error) (err error) {
 	defer func() {
 		c.conn.Close()
+		if c.cmd == nil {
+			return
+		}
 		if werr := c.cmd.Wait(); err == nil && werr != nil {
 			err = fmt.Errorf("%s: %w", c.cmd.Path, werr)
 		}
@@ -124,8 +162,8 @@ func (c *Client) Call(ctx context.Context, method string, params any, files []*o
 		f, err := wire.ReadFrame(c.conn, buf)
 		if err != nil {
 			if errors.Is(err, io.EOF) {
-				return banger.Errorf(banger.CodeInternal, "daemon: it ended before it answered").
-					WithHint("its last words, if any, stand above")
+				return &banger.Error{Code: banger.CodeInternal, Message: "daemon: it ended before it answered", Err: ErrGone,
+					Hint: "running VMs go on; `banger ls` starts it again and shows them"}
 			}
 			return fmt.Errorf("daemon: %w", err)
 		}

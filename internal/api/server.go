@@ -7,7 +7,10 @@ import (
 	"io"
 	"net"
 	"os"
+	"sync"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"banger"
 	"banger/internal/wire"
@@ -57,6 +60,33 @@ func (c *Call) Send(f wire.Frame) error { return c.out.frame(f.Type, f.Payload) 
 // A Handler serves one method. Its context ends when the client cancels or
 // goes away.
 type Handler func(ctx context.Context, c *Call) (result any, err error)
+
+// Ready tells whoever started this process as a daemon that it takes calls, or
+// why it cannot. Only the first call says anything.
+func Ready(err error) {
+	readyOnce.Do(func() {
+		var st unix.Stat_t
+		if unix.Fstat(readyFD, &st) != nil || st.Mode&unix.S_IFMT != unix.S_IFIFO {
+			return // started by hand or by systemd
+		}
+		f := os.NewFile(readyFD, "ready")
+		defer f.Close()
+		if err != nil {
+			f.Write(encodeError(asError(err)))
+		}
+	})
+}
+
+var readyOnce sync.Once
+
+// parseReady reads what Ready wrote.
+func parseReady(text []byte) error {
+	e := new(banger.Error)
+	if err := json.Unmarshal(text, e); err != nil || e.Message == "" {
+		return banger.Errorf(banger.CodeInternal, "daemon: it does not start: %q", text)
+	}
+	return e
+}
 
 // Serve answers the one call of a connection and closes it.
 func Serve(ctx context.Context, conn *net.UnixConn, routes map[string]Handler) {

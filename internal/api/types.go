@@ -17,7 +17,29 @@ const (
 	MethodKernelPull   = "kernel.pull"
 	MethodKernelImport = "kernel.import"
 	MethodKernelRemove = "kernel.remove"
-	MethodRun          = "run"
+	MethodPrepare      = "prepare"
+	MethodDoctor       = "doctor"
+
+	// Of the resident daemon.
+	MethodHello   = "hello"
+	MethodResolve = "resolve"
+	MethodCreate  = "vm.create"
+	MethodRun     = "vm.run"
+	MethodStart   = "vm.start"
+	MethodStop    = "vm.stop"
+	MethodRestart = "vm.restart"
+	MethodKill    = "vm.kill"
+	MethodPause   = "vm.pause"
+	MethodResume  = "vm.resume"
+	MethodRemove  = "vm.remove"
+	MethodList    = "vm.list"
+	MethodInspect = "vm.inspect"
+	MethodAttach  = "vm.attach"
+	MethodLogs    = "vm.logs"
+	MethodStats   = "vm.stats"
+
+	// Of a VM's supervisor.
+	MethodExec = "exec"
 )
 
 // None is the type of parameters and results that say nothing.
@@ -86,17 +108,108 @@ type ImportKernel struct {
 	Modules int `json:"modules"` // -1: none
 }
 
-// RunParams asks for an ephemeral VM and one session in it. The frames of the
-// session are wire's.
-type RunParams struct {
-	Spec    banger.Spec `json:"spec"`
-	Source  Source      `json:"source"`
-	Command []string    `json:"command,omitempty"` // takes the place of the image's Cmd
-	Session wire.Exec   `json:"session"`           // Args is decided by the daemon
+// Hello says which release a side is of.
+type Hello struct {
+	Version string `json:"version"`
 }
 
-// RunResult is how a run ended.
+// PrepareParams asks for an image and a kernel: MethodResolve for those that
+// are in the store, MethodPrepare to get what is missing.
+type PrepareParams struct {
+	Source Source `json:"source"`
+	Kernel string `json:"kernel,omitempty"` // "": the default one
+}
+
+// Prepared is what a VM can be made of.
+type Prepared struct {
+	Image   string `json:"image"` // full name
+	ImageID string `json:"image_id"`
+	Kernel  string `json:"kernel"`
+}
+
+// CreateParams asks for a VM.
+type CreateParams struct {
+	Name      string      `json:"name,omitempty"` // "": one is made up
+	Ephemeral bool        `json:"ephemeral,omitempty"`
+	Spec      banger.Spec `json:"spec"`
+	Prepared  Prepared    `json:"prepared"`
+	// Bare says that no main command is started: the caller's session takes
+	// its place.
+	Bare bool `json:"bare,omitempty"`
+}
+
+// RunParams asks for a VM and for the connection in the one file of the call
+// to be served by its supervisor. The VM stops, and goes if it is ephemeral,
+// when the client says FrameStdinEOF or goes away.
+type RunParams struct {
+	Create CreateParams `json:"create"`
+	Wait   banger.Stage `json:"wait,omitempty"`
+}
+
+// RunResult is how a VM ended.
 type RunResult struct {
-	Exit  wire.Exit `json:"exit"`
-	Clean bool      `json:"clean"` // the guest powered off by itself
+	Clean bool `json:"clean"` // the guest powered off by itself
+}
+
+// VMParams is the parameter of what acts on one VM, by its name, its id, or
+// the beginning of its id.
+type VMParams struct {
+	Name string `json:"name"`
+	// Wait is the stage that a start waits for; "" is the network stage.
+	Wait banger.Stage `json:"wait,omitempty"`
+	// TimeoutMs is what a stop gives the guest; -1 is the default.
+	TimeoutMs int64 `json:"timeout_ms,omitempty"`
+	// Force lets a remove stop the VM first.
+	Force bool `json:"force,omitempty"`
+	// Start lets an attach start the VM first. The connection to attach is
+	// the one file of the call.
+	Start bool `json:"start,omitempty"`
+}
+
+// VMs is a list.
+type VMs struct {
+	VMs []banger.VM `json:"vms"`
+}
+
+// LogParams asks for a log, which comes as FrameStdout.
+type LogParams struct {
+	Name    string `json:"name"`
+	Console bool   `json:"console,omitempty"`
+	Follow  bool   `json:"follow,omitempty"` // until the VM is at rest
+}
+
+// ExecParams asks a supervisor for a session. Its frames are wire's.
+type ExecParams struct {
+	Session wire.Exec `json:"session"`
+	// Main says that Session.Args take the place of the image's Cmd, as in
+	// `docker run`; else they are the whole command.
+	Main bool `json:"main,omitempty"`
+}
+
+// ExecResult is how a session ended.
+type ExecResult struct {
+	Exit wire.Exit `json:"exit"`
+}
+
+// Stats are the counters of a running VM, since its VMM started.
+type Stats struct {
+	Name           string `json:"name"`
+	ID             string `json:"id"`
+	CPUs           int    `json:"cpus"`
+	CPUNs          int64  `json:"cpu_ns"`       // of all threads of the VMM
+	MemoryBytes    int64  `json:"memory_bytes"` // resident
+	LimitBytes     int64  `json:"limit_bytes"`  // memory of the guest
+	ReadBytes      int64  `json:"read_bytes"`   // from block devices of the host
+	WrittenBytes   int64  `json:"written_bytes"`
+	AllocatedBytes int64  `json:"allocated_bytes"` // of its own disks
+}
+
+// StatsList is a list.
+type StatsList struct {
+	Stats []Stats `json:"stats"`
+}
+
+// Checks are what doctor found.
+type Checks struct {
+	Checks []banger.Check `json:"checks"`
 }

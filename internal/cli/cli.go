@@ -111,7 +111,9 @@ EXAMPLE
 			return cmd.Help()
 		},
 	})
-	root.AddCommand(runCommand(), imageCommand(), kernelCommand(), versionCommand())
+	root.AddCommand(vmCommands()...)
+	root.AddCommand(group("vm", "The same commands, for those who like to say what they act on", vmCommands()...),
+		imageCommand(), kernelCommand(), doctorCommand(), autostartCommand(), versionCommand())
 	flagsOnce(root)
 	return root
 }
@@ -176,7 +178,27 @@ func exactly(names ...string) cobra.PositionalArgs {
 	}
 }
 
-// call makes one call with progress on stderr. Ctrl-C cancels it; the daemon
+// connect makes a client of the resident daemon for one call.
+func connect() (*api.Client, error) { return api.Connect(Version) }
+
+// ask makes one call to the resident daemon, with progress on stderr. result
+// may be nil.
+func ask(method string, params any, result any) error {
+	if result == nil {
+		result = new(any)
+	}
+	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP)
+	defer stop()
+	client, err := connect()
+	if err != nil {
+		return err
+	}
+	p := newProgress(os.Stderr)
+	defer p.end()
+	return client.Call(ctx, method, params, nil, result, p.event, nil)
+}
+
+// call makes one call to a daemon of its own, with progress on stderr. Ctrl-C cancels it; the daemon
 // then cleans up and the call ends.
 func call(method string, params any, files []*os.File, result any) error {
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP)

@@ -91,23 +91,26 @@ func commands(t *testing.T) (all []*cobra.Command) {
 
 func TestHelp(t *testing.T) {
 	withExample := []string{
-		"banger", "banger run", "banger image pull", "banger image build", "banger kernel pull", "banger kernel import",
+		"banger", "banger run", "banger create", "banger exec", "banger shell", "banger logs", "banger autostart",
+		"banger image pull", "banger image build", "banger kernel pull", "banger kernel import",
 	}
+	runs := []string{"banger run", "banger exec", "banger shell"}
 	for _, c := range commands(t) {
 		path := c.CommandPath()
+		plain := strings.Replace(path, "banger vm ", "banger ", 1) // the same command once more
 		t.Run(path, func(t *testing.T) {
 			help, err := execute(append(strings.Fields(path)[1:], "--help")...)
 			if err != nil {
 				t.Fatal(err)
 			}
 			end := exitHelp
-			if path == "banger run" {
+			if slices.Contains(runs, plain) {
 				end = runExitHelp
 			}
 			if !strings.HasSuffix(help, "\n\n"+end+"\n") {
 				t.Errorf("the page does not end with its exit status:\n%s", help)
 			}
-			if has := strings.Contains(help, "\nEXAMPLE\n  "); has != slices.Contains(withExample, path) {
+			if has := strings.Contains(help, "\nEXAMPLE\n  "); has != slices.Contains(withExample, plain) {
 				t.Errorf("an example: %v\n%s", has, help)
 			}
 			if !strings.Contains(help, "\nUSAGE\n  "+path) {
@@ -131,6 +134,7 @@ func TestHelp(t *testing.T) {
 }
 
 func TestArguments(t *testing.T) {
+	t.Setenv("BANGER_HOME", t.TempDir())
 	for _, c := range []struct {
 		name string
 		args []string
@@ -181,6 +185,40 @@ func TestArguments(t *testing.T) {
 		{"run with a byte less", []string{"run", "-m", "67108863", "debian"}, banger.CodeUsage},
 		{"run with memory that grows in upper case", []string{"run", "-m", "\u0250", "debian"}, banger.CodeUsage},
 		{"run with a key that is empty", []string{"run", "-e", "=x", "debian"}, banger.CodeUsage},
+		{"run --rm=false, detached", []string{"run", "--rm=false", "-d", "debian"}, banger.CodeUnavailable},
+		{"run --rm=false, named", []string{"run", "--rm=false", "--name", "a", "debian"}, banger.CodeUnavailable},
+		{"run -d with an environment", []string{"run", "-d", "-e", "A=1", "debian"}, banger.CodeUsage},
+		{"run that waits for nobody", []string{"run", "--wait", "me", "debian"}, banger.CodeUsage},
+		{"run that waits for init", []string{"run", "--wait", "init", "debian"}, banger.CodeUnavailable},
+
+		{"create", []string{"create", "debian"}, banger.CodeUnavailable},
+		{"create of nothing", []string{"create"}, banger.CodeUsage},
+		{"create with a command", []string{"create", "debian", "--", "true"}, banger.CodeUnavailable},
+		{"create with two words and no --", []string{"create", "debian", "true"}, banger.CodeUsage},
+		{"start of nothing", []string{"start"}, banger.CodeUsage},
+		{"start of two", []string{"start", "a", "b"}, banger.CodeUnavailable},
+		{"the same below vm", []string{"vm", "start", "a", "b"}, banger.CodeUnavailable},
+		{"start that waits for nobody", []string{"start", "--wait", "", "a"}, banger.CodeUsage},
+		{"stop at once", []string{"stop", "-t", "0", "a"}, banger.CodeUnavailable},
+		{"stop in 10 s", []string{"stop", "-t", "10", "a"}, banger.CodeUnavailable},
+		{"stop in 11 s", []string{"stop", "-t", "11", "a"}, banger.CodeUsage},
+		{"stop before it began", []string{"stop", "-t=-1", "a"}, banger.CodeUsage},
+		{"restart", []string{"restart", "a"}, banger.CodeUnavailable},
+		{"restart in 11 s", []string{"restart", "-t", "11", "a"}, banger.CodeUsage},
+		{"kill with a signal, which is not built", []string{"kill", "-s", "HUP", "a"}, banger.CodeUsage},
+		{"rm of nothing", []string{"rm", "-f"}, banger.CodeUsage},
+		{"ls of one", []string{"ls", "a"}, banger.CodeUsage},
+		{"exec of nothing", []string{"exec", "a"}, banger.CodeUsage},
+		{"exec of nothing, said so", []string{"exec", "a", "--"}, banger.CodeUsage},
+		{"exec", []string{"exec", "a", "ls", "-l", "--wat"}, banger.CodeUnavailable},
+		{"exec with --", []string{"exec", "a", "--", "ls", "-l"}, banger.CodeUnavailable},
+		{"shell of nothing", []string{"shell"}, banger.CodeUsage},
+		{"shell", []string{"vm", "shell", "a"}, banger.CodeUnavailable},
+		{"logs with half a line", []string{"logs", "-n", "0.5", "a"}, banger.CodeUsage},
+		{"logs of no line", []string{"logs", "-n", "0", "a"}, banger.CodeUnavailable},
+		{"inspect of two", []string{"inspect", "a", "b"}, banger.CodeUsage},
+		{"stats", []string{"stats", "--no-stream"}, banger.CodeUnavailable},
+		{"doctor", []string{"doctor"}, banger.CodeUnavailable},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			_, err := execute(c.args...)

@@ -113,6 +113,24 @@ type progress struct {
 	since   time.Time
 	painted bool // the terminal's last line is ours
 	stages  []api.Stage
+	origin  time.Time // of the stages' times: the start of the first call
+}
+
+// events gives the handler of the events of a call that started then.
+func (p *progress) events(start time.Time) func(api.Event) {
+	p.mu.Lock()
+	if p.origin.IsZero() {
+		p.origin = start
+	}
+	shift := start.Sub(p.origin).Microseconds()
+	p.mu.Unlock()
+	return func(e api.Event) {
+		if e.Stage != nil {
+			e.Stage.StartUs += shift
+			e.Stage.EndUs += shift
+		}
+		p.event(e)
+	}
 }
 
 func newProgress(f *os.File) *progress {

@@ -254,3 +254,18 @@ func TestCredit(t *testing.T) {
 		t.Errorf("given %d, taken %d, left %d", given+takers*takers, total, left)
 	}
 }
+
+func TestLastLines(t *testing.T) {
+	for _, c := range []struct {
+		text string
+		n    int
+		want string
+	}{
+		{"", 0, ""}, {"", 1, ""}, {"a", 0, ""}, {"a", 1, "a"}, {"a", 2, "a"}, {"a\n", 0, ""}, {"a\n", 1, "a\n"},
+		{"a\nb\n", 1, "b\n"}, {"a\nb\n", 2, "a\nb\n"}, {"a\nb\n", 3, "a\nb\n"}, {"a\nb", 1, "b"}, {"a\n\n", 1, "\n"}, {"\n", 1, "\n"},
+	} {
+		if got := string(lastLines([]byte(c.text), c.n)); got != c.want {
+			t.Errorf("%d of %q: %q, want %q", c.n, c.text, got, c.want)
+		}
+	}
+}

@@ -46,6 +46,8 @@ func TestMain(m *testing.M) {
 	switch {
 	case filepath.Base(os.Args[0]) == api.DaemonProgram && os.Getenv(sessionEnv) != "":
 		os.Exit(serveSession())
+	case filepath.Base(os.Args[0]) == api.DaemonProgram && os.Getenv(fakeEnv) != "":
+		os.Exit(mainWith(os.Args, fakeDriver))
 	case filepath.Base(os.Args[0]) == api.DaemonProgram:
 		os.Exit(Main(os.Args))
 	case os.Getenv(companionsEnv) != "":
@@ -369,58 +371,6 @@ func TestFind(t *testing.T) {
 	}
 }
 
-func TestReconcile(t *testing.T) {
-	_, s := newState(t)
-	held, err := s.HoldVM("000000000001")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer held.Close()
-	abandoned, err := s.HoldVM("000000000002")
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := os.WriteFile(filepath.Join(s.VM("000000000002"), store.VMOverlay), []byte("x"), 0o600); err != nil {
-		t.Fatal(err)
-	}
-	outside := filepath.Join(t.TempDir(), "outside")
-	if err := os.Mkdir(outside, 0o700); err != nil {
-		t.Fatal(err)
-	}
-	if err := os.Symlink(outside, s.VM("link")); err != nil {
-		t.Fatal(err)
-	}
-	plant(t, s, "aabb00000001", "one")
-	check := func(want ...string) {
-		t.Helper()
-		if _, err := new(daemon).open(); err != nil {
-			t.Fatal(err)
-		}
-		entries, err := os.ReadDir(s.VMs())
-		if err != nil {
-			t.Fatal(err)
-		}
-		var got []string
-		for _, e := range entries {
-			got = append(got, e.Name())
-		}
-		if !slices.Equal(got, want) {
-			t.Errorf("vms/ has %q, want %q", got, want)
-		}
-	}
-	check("000000000001", "000000000002", "link")
-	abandoned.Close()
-	check("000000000001", "link")
-	if _, err := os.Stat(outside); err != nil {
-		t.Error(err)
-	}
-	if _, err := os.Stat(s.Image("aabb00000001")); err != nil {
-		t.Error(err)
-	}
-	held.Close()
-	check("link")
-}
-
 // The images of the API, from end to end: bangerd is a process of its own.
 func TestImageCalls(t *testing.T) {
 	_, s := newState(t)
@@ -465,7 +415,7 @@ func TestImageCalls(t *testing.T) {
 		api.MethodImageBuild:   api.BuildParams{Source: source, Output: -1},
 		api.MethodKernelImport: api.ImportKernel{Image: -1, Modules: -1},
 		api.MethodImageInspect: "not an object",
-		api.MethodRun:          api.RunParams{Spec: banger.Spec{Init: "x"}},
+		api.MethodPrepare:      api.PrepareParams{Source: api.Source{Reference: "UPPER case", File: -1, Packages: -1}},
 		"image.eat":            api.None{},
 	} {
 		_, err := call(t, method, params, []*os.File{dir}, &found)
@@ -529,7 +479,12 @@ func TestPullDiskFull(t *testing.T) {
 type sessionParams struct {
 	Guest  string             `json:"guest"` // what the guest does
 	Config banger.ImageConfig `json:"config"`
-	Run    api.RunParams      `json:"run"`
+	Run    api.ExecParams     `json:"run"`
+}
+
+type sessionResult struct {
+	Exit  wire.Exit `json:"exit"`
+	Clean bool      `json:"clean"`
 }
 
 // serveSession is bangerd with one more method: a session in a VM without VMM.
@@ -564,28 +519,28 @@ func fakeSession(ctx context.Context, c *api.Call) (any, error) {
 		return nil, err
 	}
 	id := store.NewID()
-	hold, err := s.HoldVM(id)
+	if err := os.Mkdir(s.VM(id), 0o700); err != nil {
+		return nil, err
+	}
+	disks, err := vm.MakeDisks(s.VM(id))
 	if err != nil {
 		return nil, err
 	}
-	defer hold.Close()
-	v, err := vm.New(vm.Config{
-		ID: id, Store: s, Config: p.Config, Rootfs: path("rootfs"), Agent: path("agent"),
+	v := vm.New(vm.Config{
+		ID: id, Store: s, Disks: disks, Config: p.Config, Rootfs: path("rootfs"), Agent: path("agent"),
 		Kernel: &kernel.Kernel{Kernel: banger.Kernel{Vmlinux: path("vmlinux"), Modules: path("modules")}},
 		Driver: vmmtest.NewFake(vmmtest.Options{Serve: guest(p.Guest)}),
 	})
-	if err != nil {
+	if err := v.Start(ctx, banger.StageNetwork); err != nil {
 		return nil, err
 	}
-	if err := v.Start(ctx); err != nil {
-		return nil, err
-	}
-	exit, err := new(daemon).session(ctx, c, v, p.Run, p.Config, command(p.Config, p.Run.Command), newTrace(c))
+	p.Run.Session.Args = command(p.Config, p.Run.Session.Args)
+	exit, err := session(ctx, c, v, p.Config, p.Run.Session)
 	clean, stopErr := v.Stop(context.WithoutCancel(ctx))
 	if err != nil {
 		return nil, err
 	}
-	return api.RunResult{Exit: exit, Clean: clean}, stopErr
+	return sessionResult{Exit: exit, Clean: clean}, stopErr
 }
 
 // guest serves the agent's protocol. Its sessions say what they were asked to
@@ -656,7 +611,7 @@ func echo(conn net.Conn) {
 
 // runSession makes a call of test.session. Once the session runs, during is
 // called beside it.
-func runSession(t *testing.T, p sessionParams, during func(c *api.Client)) (stdout, stderr string, events []api.Event, result api.RunResult, err error) {
+func runSession(t *testing.T, p sessionParams, during func(c *api.Client)) (stdout, stderr string, events []api.Event, result sessionResult, err error) {
 	t.Helper()
 	t.Setenv(sessionEnv, "1")
 	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
@@ -689,7 +644,7 @@ func runSession(t *testing.T, p sessionParams, during func(c *api.Client)) (stdo
 func TestSession(t *testing.T) {
 	p := sessionParams{
 		Config: banger.ImageConfig{Entrypoint: []string{"entry"}, Cmd: []string{"cmd"}, Env: []string{"A=image", "B=image"}, User: "web", WorkingDir: "/srv"},
-		Run:    api.RunParams{Command: []string{"given"}, Session: wire.Exec{Args: []string{"not this"}, Env: []string{"A=user"}, Stdin: true}},
+		Run:    api.ExecParams{Session: wire.Exec{Args: []string{"given"}, Env: []string{"A=user"}, Stdin: true}},
 	}
 	big := bytes.Repeat([]byte("0123456789"), wire.MaxFrameBytes/10)
 	stdout, stderr, events, result, err := runSession(t, p, func(c *api.Client) {
@@ -779,12 +734,12 @@ func TestSessionError(t *testing.T) {
 	cause := errors.New("the user")
 	ctx, cancel := context.WithCancelCause(t.Context())
 	known := banger.Errorf(banger.CodeGuest, "known")
-	if err := new(daemon).sessionError(ctx, nil, fmt.Errorf("session: %w", known)); !errors.Is(err, known) {
+	if err := sessionError(ctx, nil, fmt.Errorf("session: %w", known)); !errors.Is(err, known) {
 		t.Errorf("got %v, want %v", err, known)
 	}
 	cancel(cause)
 	for _, err := range []error{known, io.ErrUnexpectedEOF} {
-		if got := new(daemon).sessionError(ctx, nil, err); got != cause {
+		if got := sessionError(ctx, nil, err); got != cause {
 			t.Errorf("got %v, want %v", got, cause)
 		}
 	}

@@ -2,10 +2,12 @@ package daemon
 
 import (
 	"context"
+	"strings"
 
 	"banger"
 	"banger/internal/api"
 	"banger/internal/kernel"
+	"banger/internal/vm"
 )
 
 func (d *daemon) kernelList(ctx context.Context, c *api.Call) (any, error) {
@@ -81,6 +83,14 @@ func (d *daemon) kernelRemove(ctx context.Context, c *api.Call) (any, error) {
 	r, err := d.open()
 	if err != nil {
 		return nil, err
+	}
+	users, err := r.users(func(rec vm.Record) bool { return rec.Kernel == p.Name })
+	if err != nil {
+		return nil, err
+	}
+	if len(users) > 0 {
+		return nil, banger.Errorf(banger.CodeConflict, "kernel %s: the VM %s boots it", p.Name, users[0]).
+			WithHint("remove the VMs that do first: banger rm %s", strings.Join(users, " "))
 	}
 	return api.None{}, r.kernels.Remove(ctx, p.Name)
 }

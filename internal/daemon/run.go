@@ -14,11 +14,8 @@ import (
 
 	"banger"
 	"banger/internal/api"
-	"banger/internal/image"
 	"banger/internal/kernel"
-	"banger/internal/store"
 	"banger/internal/vm"
-	"banger/internal/vmm/qemu"
 	"banger/internal/wire"
 )
 
@@ -68,82 +65,6 @@ func (t *trace) mark() {
 	t.mu.Unlock()
 }
 
-// run makes an ephemeral VM, runs one session in it, and leaves nothing of it.
-func (d *daemon) run(ctx context.Context, c *api.Call) (result any, err error) {
-	var p api.RunParams
-	if err := c.Params(&p); err != nil {
-		return nil, err
-	}
-	t := newTrace(c)
-	if err := checkSpec(p.Spec); err != nil {
-		return nil, err
-	}
-	driver := qemu.New()
-	info, err := driver.Probe(ctx, p.Spec.Accel)
-	if err != nil {
-		return nil, err
-	}
-	p.Spec.Accel = info.Accel // found out once
-	if info.Accel == banger.AccelTCG {
-		c.Emit(api.Event{Notice: fmt.Sprintf("no KVM (%s): the VM is emulated, slowly, and is no boundary against what runs in it", info.Reason)})
-	}
-	agent, err := api.Companion(api.AgentProgram)
-	if err != nil {
-		return nil, err
-	}
-	r, err := d.open()
-	if err != nil {
-		return nil, err
-	}
-	t.mark()
-	im, k, err := d.imageAndKernel(ctx, c, r, p, t)
-	if err != nil {
-		return nil, err
-	}
-	release, err := r.images.Hold(im)
-	if err != nil {
-		return nil, err
-	}
-	defer release()
-	args := command(im.Config, p.Command)
-
-	id := store.NewID()
-	hold, err := r.store.HoldVM(id)
-	if err != nil {
-		return nil, err
-	}
-	defer func() {
-		// The folder goes before the hold: nobody else may find it abandoned.
-		if rmErr := r.store.Remove(r.store.VM(id)); err == nil && rmErr != nil {
-			err = rmErr
-		}
-		hold.Close()
-	}()
-	t.mark()
-	v, err := vm.New(vm.Config{
-		ID: id, Store: r.store, Spec: p.Spec, Config: im.Config,
-		Rootfs: im.Rootfs, RootUUID: im.UUID, Kernel: k, Agent: agent, Driver: driver, Grace: ephemeralGrace,
-		OnStage: func(s banger.Stage) { t.next(stepOf[s]) },
-	})
-	if err != nil {
-		return nil, err
-	}
-	if err := v.Start(ctx); err != nil {
-		return nil, err
-	}
-	exit, err := d.session(ctx, c, v, p, im.Config, args, t)
-	t.mark()
-	clean, stopErr := v.Stop(context.WithoutCancel(ctx))
-	t.next("stop")
-	if err != nil {
-		return nil, err
-	}
-	if stopErr != nil {
-		return nil, stopErr
-	}
-	return api.RunResult{Exit: exit, Clean: clean}, nil
-}
-
 // stepOf names the step of the waterfall that ends with a stage.
 var stepOf = map[banger.Stage]string{
 	banger.StageDisks:   "disks",
@@ -183,40 +104,62 @@ func checkSpec(s banger.Spec) error {
 	return nil
 }
 
-// imageAndKernel finds the image and the kernel, and gets what is not there.
-func (d *daemon) imageAndKernel(ctx context.Context, c *api.Call, r *rooms, p api.RunParams, t *trace) (*image.Image, *kernel.Kernel, error) {
+// resolve finds an image and a kernel in the store.
+func (d *daemon) resolve(ctx context.Context, c *api.Call) (any, error) {
+	return d.prepared(ctx, c, false)
+}
+
+// prepare is resolve that gets what is not there.
+func (d *daemon) prepare(ctx context.Context, c *api.Call) (any, error) {
+	return d.prepared(ctx, c, true)
+}
+
+func (d *daemon) prepared(ctx context.Context, c *api.Call, get bool) (any, error) {
+	var p api.PrepareParams
+	if err := c.Params(&p); err != nil {
+		return nil, err
+	}
+	t := newTrace(c)
+	r, err := d.open()
+	if err != nil {
+		return nil, err
+	}
 	src, ref, err := d.source(c, p.Source)
 	if err != nil {
-		return nil, nil, err
+		return nil, err
 	}
-	k, err := r.kernels.Get(p.Spec.Kernel)
-	if p.Spec.Kernel == "" && banger.CodeOf(err) == banger.CodeNotFound {
-		start := time.Now()
+	k, err := r.kernels.Get(p.Kernel)
+	if get && p.Kernel == "" && banger.CodeOf(err) == banger.CodeNotFound {
+		t.mark()
 		k, err = d.pullKernel(ctx, c, r, kernel.DefaultSuite)
 		if err != nil {
-			return nil, nil, fmt.Errorf("no kernel is in the store yet, and none could be had: %w", err)
+			return nil, fmt.Errorf("no kernel is in the store yet, and none could be had: %w", err)
 		}
-		t.step("kernel pull", start, time.Now())
+		t.next("kernel pull")
 	}
 	if err != nil {
-		return nil, nil, err
+		return nil, err
 	}
-	start := time.Now()
+	t.mark()
 	text := p.Source.Reference
 	if len(src.Packages) > 0 {
 		text = "" // what has that name alone is another image
 	}
 	im, err := r.lookUp(src.Name(ref), text)
-	if banger.CodeOf(err) != banger.CodeNotFound {
-		t.step("resolve", start, time.Now())
-		return im, k, err
-	}
-	if src.Name(ref) == "" {
-		return nil, nil, banger.Errorf(banger.CodeUsage, "image %q: it has no name of its own", ref).
+	switch {
+	case err == nil:
+		t.next("resolve")
+	case !get || banger.CodeOf(err) != banger.CodeNotFound:
+		return nil, err
+	case src.Name(ref) == "":
+		return nil, banger.Errorf(banger.CodeUsage, "image %q: it has no name of its own", ref).
 			WithHint("pull it under one: `banger image pull --name NAME %s`, then `banger run NAME`", ref)
+	default:
+		if im, err = d.pull(ctx, c, r, src, ref, "", t.step); err != nil {
+			return nil, err
+		}
 	}
-	im, err = d.pull(ctx, c, r, src, ref, "", t.step)
-	return im, k, err
+	return api.Prepared{Image: im.Name, ImageID: im.ID, Kernel: k.Version}, nil
 }
 
 // inits are commands that are PID 1 or nothing.
@@ -239,11 +182,18 @@ func command(config banger.ImageConfig, given []string) []string {
 	return own
 }
 
-// session runs the command and passes its frames on until it exits.
-func (d *daemon) session(ctx context.Context, c *api.Call, v *vm.VM, p api.RunParams, config banger.ImageConfig, args []string, t *trace) (wire.Exit, error) {
-	var exit wire.Exit
-	exec := p.Session
-	exec.Args = args
+// mainOf is the main command of a VM: what the image starts, with what the
+// user gave in place of its Cmd. Without a command of the user's, an image
+// that only starts a shell, and one whose own init is asked for, have none.
+func mainOf(config banger.ImageConfig, spec banger.Spec) []string {
+	if len(spec.Command) == 0 && (spec.Init == "image" || len(config.Entrypoint) == 0 && len(config.Cmd) > 0 && wire.IsShell(config.Cmd)) {
+		return nil
+	}
+	return command(config, spec.Command)
+}
+
+// fill completes a session by what the image says.
+func fill(exec wire.Exec, config banger.ImageConfig) wire.Exec {
 	exec.Env = slices.Concat(config.Env, exec.Env)
 	if exec.User == "" {
 		exec.User = config.User
@@ -251,7 +201,14 @@ func (d *daemon) session(ctx context.Context, c *api.Call, v *vm.VM, p api.RunPa
 	if exec.Dir == "" {
 		exec.Dir = config.WorkingDir
 	}
-	t.mark()
+	return exec
+}
+
+// session runs a command and passes its frames on until it exits.
+func session(ctx context.Context, c *api.Call, v *vm.VM, config banger.ImageConfig, exec wire.Exec) (wire.Exit, error) {
+	var exit wire.Exit
+	t := newTrace(c)
+	exec = fill(exec, config)
 	s, err := v.Exec(ctx, exec)
 	if err != nil {
 		return exit, err
@@ -272,7 +229,7 @@ func (d *daemon) session(ctx context.Context, c *api.Call, v *vm.VM, p api.RunPa
 	for first := true; ; {
 		f, err := s.Recv()
 		if err != nil {
-			return exit, d.sessionError(ctx, v, err)
+			return exit, sessionError(ctx, s, err)
 		}
 		if first && f.Type != wire.FrameCredit {
 			t.next("first byte")
@@ -292,7 +249,7 @@ func (d *daemon) session(ctx context.Context, c *api.Call, v *vm.VM, p api.RunPa
 const vmEndWait = 2 * time.Second
 
 // sessionError says why a session broke off.
-func (d *daemon) sessionError(ctx context.Context, v *vm.VM, err error) error {
+func sessionError(ctx context.Context, s *vm.Session, err error) error {
 	if ctx.Err() != nil {
 		return context.Cause(ctx)
 	}
@@ -301,8 +258,8 @@ func (d *daemon) sessionError(ctx context.Context, v *vm.VM, err error) error {
 		return err
 	}
 	select {
-	case <-v.Done():
-		return v.EndError()
+	case <-s.Done():
+		return s.EndError()
 	case <-time.After(vmEndWait):
 		return &banger.Error{Code: banger.CodeGuest, Message: err.Error(), Err: err}
 	}

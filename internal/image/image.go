@@ -51,10 +51,15 @@ type names struct {
 }
 
 // Images is the room of base images in a store.
-type Images struct{ s *store.Store }
+type Images struct {
+	s *store.Store
+	// Users says which VMs, by name, need a base image, running or not. Nil
+	// stands for none.
+	Users func(id string) ([]string, error)
+}
 
 // Open returns the images of a store.
-func Open(s *store.Store) *Images { return &Images{s} }
+func Open(s *store.Store) *Images { return &Images{s: s} }
 
 // An Image is one base image in the store.
 type Image struct {
@@ -108,6 +113,18 @@ func (im *Images) Find(name string) (*Image, error) {
 			WithHint("`banger image ls` shows what is; `banger image pull` gets one")
 	}
 	return im.load(n.Names[found], found)
+}
+
+// ByID returns the image of a whole id, whether it still has a name or not.
+func (im *Images) ByID(id string) (*Image, error) {
+	if !store.IsID(id) {
+		return nil, banger.Errorf(banger.CodeUsage, "image: %q is no id", id)
+	}
+	image, err := im.load(id, id)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, banger.Errorf(banger.CodeNotFound, "image %s: not in the store", id)
+	}
+	return image, err
 }
 
 func (im *Images) load(id, name string) (*Image, error) {
@@ -388,7 +405,17 @@ func (im *Images) Remove(ctx context.Context, name string) error {
 			return banger.Errorf(banger.CodeConflict, "image %q: a VM is using it", image.Name).
 				WithHint("stop that VM first")
 		}
-		return nil
+		if im.Users == nil {
+			return nil
+		}
+		// Asked under the lock: who makes a VM of the image holds it until the
+		// VM is there to be found.
+		users, err := im.Users(image.ID)
+		if err == nil && len(users) > 0 {
+			return banger.Errorf(banger.CodeConflict, "image %q: the VM %s needs it", image.Name, users[0]).
+				WithHint("remove what was made of it first: banger rm %s", strings.Join(users, " "))
+		}
+		return err
 	})
 	if held != nil {
 		defer held.Close()

@@ -84,10 +84,7 @@ func TestFullDisk(t *testing.T) {
 	if err := WriteJSON(record, 1, sample{Name: "old"}); err != nil {
 		t.Fatal(err)
 	}
-	hold, err := s.HoldVM(testVM)
-	if err != nil {
-		t.Fatal(err)
-	}
+	hold := newVM(t, s, testVM)
 	tmp, err := s.TempDir("image")
 	if err != nil {
 		t.Fatal(err)

@@ -13,6 +13,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"strings"
 	"sync"
 	"syscall"
 	"time"
@@ -29,15 +30,35 @@ const (
 	trashDir   = "trash"   // what is being deleted; swept always
 	locksDir   = "locks"   // flock files; they stay
 
-	ImageRecord  = "image.json"    // in images/<id>/
-	ImageRootfs  = "rootfs.ext4"   // in images/<id>/
-	imageNames   = "names.json"    // in images/
-	VMOverlay    = "overlay.ext4"  // in vms/<id>/
-	VMWork       = "work.ext4"     // in vms/<id>/
-	VMInitramfs  = "initramfs.img" // in vms/<id>/run/
-	vmRun        = "run"           // in vms/<id>/: gone when the VM does not run
-	defaultsFile = "default"       // in kernels/
+	runDir = "run" // the daemon's socket and log; nothing in it outlives its use
+
+	ImageRecord  = "image.json"  // in images/<id>/
+	ImageRootfs  = "rootfs.ext4" // in images/<id>/
+	imageNames   = "names.json"  // in images/
+	defaultsFile = "default"     // in kernels/
+
+	// In vms/<id>/:
+	VMRecord     = "vm.json"        // what the VM is; written once
+	VMLife       = "life.json"      // what became of it; rewritten at every change
+	VMOverlay    = "overlay.ext4"   // overlay disk
+	VMWork       = "work.ext4"      // work disk
+	VMOutput     = "output.log"     // of its main command
+	VMConsole    = "console.log"    // of its guest
+	VMRemoving   = "removing"       // its removal was decided
+	vmRun        = "run"            // gone when the VM does not run
+	VMInitramfs  = "initramfs.img"  // in run/
+	VMSupervisor = "supervisor.log" // what its supervisor itself printed at its last start
+
+	// In run/:
+	DaemonLog    = "bangerd.log"
+	DaemonSocket = "bangerd.sock"
+	// SupervisorSocket is in vms/<id>/, not in the VM's run/, which comes and
+	// goes while its supervisor stays.
+	SupervisorSocket = "supervisor.sock"
 )
+
+// ErrHeld is returned by HoldVM for a VM that somebody else holds.
+var ErrHeld = errors.New("it is held by another process")
 
 // DefaultRoot is the state folder of this user: BANGER_HOME, else
 // $XDG_DATA_HOME/banger, else ~/.local/share/banger.
@@ -57,7 +78,10 @@ func DefaultRoot() (string, error) {
 
 // A Store is one opened state folder. Its methods may be called from any
 // goroutine and any number of processes at once.
-type Store struct{ root string }
+type Store struct {
+	root  string
+	swept []string
+}
 
 // Open opens the state folder, making it and its rooms if they are missing,
 // and removes what dead processes left half made. It refuses a folder that
@@ -82,7 +106,7 @@ func Open(root string) (*Store, error) {
 		return nil, fmt.Errorf("state folder %s: others may write to it (mode %04o); chmod it to 0700", root, st.Mode&0o7777)
 	}
 	s := &Store{root: root}
-	for _, dir := range []string{blobsDir + "/sha256", imagesDir, kernelsDir, vmsDir, tmpDir, trashDir, locksDir} {
+	for _, dir := range []string{blobsDir + "/sha256", imagesDir, kernelsDir, vmsDir, tmpDir, trashDir, locksDir, runDir} {
 		if err := os.MkdirAll(filepath.Join(root, dir), 0o700); err != nil {
 			return nil, fmt.Errorf("state folder: %w", err)
 		}
@@ -93,8 +117,43 @@ func Open(root string) (*Store, error) {
 	return s, nil
 }
 
+// View is the state folder as it is: nothing in it is made, removed or judged.
+// It is for looking only.
+func View(root string) *Store { return &Store{root: root} }
+
+// Leftovers names what dead processes left half made or half deleted, which
+// the next Open removes.
+func (s *Store) Leftovers() (names []string, err error) {
+	for _, room := range []string{tmpDir, trashDir} {
+		entries, err := os.ReadDir(filepath.Join(s.root, room))
+		if errors.Is(err, fs.ErrNotExist) {
+			continue
+		}
+		if err != nil {
+			return nil, err
+		}
+		for _, e := range entries {
+			f := holdIfFree(filepath.Join(s.root, room, e.Name()))
+			if f != nil || room == trashDir {
+				names = append(names, filepath.Join(room, e.Name()))
+			}
+			if f != nil {
+				f.Close()
+			}
+		}
+	}
+	return names, nil
+}
+
 // Root is the folder's path.
 func (s *Store) Root() string { return s.root }
+
+// Swept names what Open found half made or half deleted, and removed.
+func (s *Store) Swept() []string { return s.swept }
+
+// Run is the folder of the daemon's socket and log in the state folder at
+// root.
+func Run(root string) string { return filepath.Join(root, runDir) }
 
 // Images, Kernels and VMs are folders of folders; Image, Kernel and VM are
 // the folder of one. The caller has validated ids and releases.
@@ -113,6 +172,11 @@ func NewID() string {
 	var b [6]byte
 	rand.Read(b[:]) // never fails
 	return hex.EncodeToString(b[:])
+}
+
+// IsID says whether text is an id as NewID makes them.
+func IsID(text string) bool {
+	return len(text) == 12 && strings.Trim(text, "0123456789abcdef") == ""
 }
 
 // Lock waits for the exclusive lock of that name, until ctx ends. Locks are
@@ -230,37 +294,50 @@ func (s *Store) Remove(dir string) error {
 	return os.RemoveAll(trash)
 }
 
-// HoldVM makes the folder of a new VM and returns the hold on it: while it is
-// open the VM has an owner. A process that dies lets go of its VMs.
+// HoldVM takes the hold on a VM, which is the right to write its records and
+// to run it: a flock on its folder, that goes with the process. The hold ends
+// when it is closed. A VM that is held is ErrHeld, one that is gone
+// fs.ErrNotExist.
 func (s *Store) HoldVM(id string) (hold *os.File, err error) {
-	hold, _, err = s.makeHeld(s.VM(id))
-	return hold, err
+	dir := s.VM(id)
+	f, err := os.OpenFile(dir, os.O_RDONLY|syscall.O_DIRECTORY|syscall.O_NOFOLLOW, 0)
+	if err != nil {
+		return nil, err
+	}
+	err = syscall.Flock(int(f.Fd()), syscall.LOCK_EX|syscall.LOCK_NB)
+	switch {
+	case errors.Is(err, syscall.EWOULDBLOCK):
+		err = fmt.Errorf("VM %s: %w", id, ErrHeld)
+	case err == nil:
+		// Between the opening and the lock it may have gone to the trash.
+		var opened, now os.FileInfo
+		if opened, err = f.Stat(); err == nil {
+			if now, err = os.Lstat(dir); err == nil && !os.SameFile(opened, now) {
+				err = fmt.Errorf("%s: %w", dir, fs.ErrNotExist)
+			}
+		}
+	}
+	if err != nil {
+		f.Close()
+		return nil, err
+	}
+	return f, nil
 }
 
-// AbandonedVMs lists the ids of VMs whose owner is gone, and holds each until
-// release is called, so that two callers never both find one.
-func (s *Store) AbandonedVMs() (ids []string, release func(), err error) {
-	unlock, err := s.Lock(context.Background(), "sweep")
-	if err != nil {
-		return nil, nil, err
-	}
-	defer unlock()
+// VMIDs lists the ids of all VMs. What is no folder with the name of an id is
+// not of banger.
+func (s *Store) VMIDs() ([]string, error) {
 	entries, err := os.ReadDir(s.VMs())
 	if err != nil {
-		return nil, nil, err
+		return nil, err
 	}
-	var held []*os.File
+	var ids []string
 	for _, e := range entries {
-		if f := holdIfFree(filepath.Join(s.VMs(), e.Name())); f != nil {
-			held = append(held, f)
+		if e.IsDir() && IsID(e.Name()) {
 			ids = append(ids, e.Name())
 		}
 	}
-	return ids, func() {
-		for _, f := range held {
-			f.Close()
-		}
-	}, nil
+	return ids, nil
 }
 
 // sweep removes what a dead process was making, and all trash.
@@ -278,6 +355,7 @@ func (s *Store) sweep() error {
 	for _, e := range entries {
 		path := filepath.Join(tmp, e.Name())
 		if f := holdIfFree(path); f != nil {
+			s.swept = append(s.swept, filepath.Join(tmpDir, e.Name()))
 			err = errors.Join(err, os.RemoveAll(path))
 			f.Close()
 		}
@@ -286,6 +364,7 @@ func (s *Store) sweep() error {
 	entries, readErr := os.ReadDir(trash)
 	err = errors.Join(err, readErr)
 	for _, e := range entries {
+		s.swept = append(s.swept, filepath.Join(trashDir, e.Name()))
 		err = errors.Join(err, os.RemoveAll(filepath.Join(trash, e.Name())))
 	}
 	return err

@@ -76,6 +76,9 @@ func holdEverything() {
 	if _, err := w.Write([]byte("half")); err != nil {
 		fatal(err)
 	}
+	if err := os.Mkdir(s.VM(testVM), 0o700); err != nil {
+		fatal(err)
+	}
 	hold, err := s.HoldVM(testVM)
 	if err != nil {
 		fatal(err)
@@ -217,10 +220,7 @@ func TestOpenOneWayToWriteTheRoot(t *testing.T) {
 		if want := filepath.Join(here, "state"); s.Root() != want {
 			t.Errorf("opened as %q it is %q, want %q", root, s.Root(), want)
 		}
-		hold, err := s.HoldVM(testVM)
-		if err != nil {
-			t.Fatal(err)
-		}
+		hold := newVM(t, s, testVM)
 		if err := s.Remove(s.VM(testVM)); err != nil {
 			t.Errorf("opened as %q: %v", root, err)
 		}
@@ -437,13 +437,8 @@ func TestSweep(t *testing.T) {
 	}
 	wantNames(t, tmp, held...)
 	wantNames(t, filepath.Join(s.Root(), trashDir))
-	ids, release, err := s.AbandonedVMs()
-	if err != nil || len(ids) != 0 {
-		t.Errorf("abandoned while its owner lives: %q, %v", ids, err)
-	}
-	release()
-	if _, err := s.HoldVM(testVM); !errors.Is(err, fs.ErrExist) {
-		t.Errorf("a VM that exists was made again: %v", err)
+	if _, err := s.HoldVM(testVM); !errors.Is(err, ErrHeld) {
+		t.Errorf("held by two: %v", err)
 	}
 	if _, _, err := s.Blobs().Open(digestOf('a')); !errors.Is(err, fs.ErrNotExist) {
 		t.Errorf("half a blob is visible: %v", err)
@@ -459,32 +454,77 @@ func TestSweep(t *testing.T) {
 	}
 	wantNames(t, tmp, filepath.Base(mine.Path))
 
-	// An abandoned VM is found by one caller at a time, and stays.
-	ids, release, err = s.AbandonedVMs()
-	if err != nil || !slices.Equal(ids, []string{testVM}) {
-		t.Fatalf("abandoned: %q, %v", ids, err)
+	// Its VM stays, and can be taken over by one.
+	hold, err := s.HoldVM(testVM)
+	if err != nil {
+		t.Fatal(err)
 	}
-	ids, releaseSecond, err := s.AbandonedVMs()
-	if err != nil || len(ids) != 0 {
-		t.Errorf("found by two: %q, %v", ids, err)
-	}
-	releaseSecond()
-	release()
-	ids, release, err = s.AbandonedVMs()
-	if err != nil || !slices.Equal(ids, []string{testVM}) {
-		t.Errorf("after the release: %q, %v", ids, err)
+	if _, err := s.HoldVM(testVM); !errors.Is(err, ErrHeld) {
+		t.Errorf("taken over by two: %v", err)
 	}
 	if err := s.Remove(s.VM(testVM)); err != nil {
 		t.Error(err)
 	}
-	release()
-	ids, release, err = s.AbandonedVMs()
-	if err != nil || len(ids) != 0 {
-		t.Errorf("after the removal: %q, %v", ids, err)
+	hold.Close()
+	if _, err := s.HoldVM(testVM); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("a VM that is gone: %v", err)
 	}
-	release()
 	if err := mine.Remove(); err != nil {
 		t.Error(err)
+	}
+}
+
+// newVM makes the folder of a VM and takes the hold on it.
+func newVM(t *testing.T, s *Store, id string) *os.File {
+	t.Helper()
+	if err := os.Mkdir(s.VM(id), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	hold, err := s.HoldVM(id)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return hold
+}
+
+func TestVMIDs(t *testing.T) {
+	s := open(t)
+	for _, name := range []string{"0123456789ab", "0123456789a", "0123456789abc", "0123456789AB", "notes"} {
+		if err := os.Mkdir(s.VM(name), 0o700); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := os.Symlink(t.TempDir(), s.VM("ba9876543210")); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(s.VM("aaaaaaaaaaaa"), nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if ids, err := s.VMIDs(); err != nil || !slices.Equal(ids, []string{"0123456789ab"}) {
+		t.Errorf("got %q, %v", ids, err)
+	}
+	for _, id := range []string{"ba9876543210", "aaaaaaaaaaaa"} {
+		if hold, err := s.HoldVM(id); err == nil {
+			hold.Close()
+			t.Errorf("%s, which is no folder, was held", id)
+		}
+	}
+}
+
+// What Open removed, it names.
+func TestSwept(t *testing.T) {
+	s := open(t)
+	if got := s.Swept(); len(got) != 0 {
+		t.Errorf("a new folder: %q", got)
+	}
+	for _, dir := range []string{tmpDir + "/vm-1", trashDir + "/2"} {
+		if err := os.Mkdir(filepath.Join(s.Root(), dir), 0o700); err != nil {
+			t.Fatal(err)
+		}
+	}
+	again, err := Open(s.Root())
+	if err != nil || !slices.Equal(again.Swept(), []string{"tmp/vm-1", "trash/2"}) {
+		t.Errorf("got %q, %v", again.Swept(), err)
 	}
 }
 
@@ -503,6 +543,9 @@ func TestOpenWhileOthersWork(t *testing.T) {
 		wg.Go(func() {
 			for range 25 {
 				id := NewID()
+				if err := os.Mkdir(s.VM(id), 0o700); err != nil {
+					t.Error(err)
+				}
 				hold, err := s.HoldVM(id)
 				if err != nil {
 					t.Errorf("hold: %v", err)

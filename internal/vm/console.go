@@ -8,8 +8,9 @@ import (
 	"banger/internal/wire"
 )
 
-// ConsoleBytes is how much of a guest's console is kept: the newest.
-const ConsoleBytes = 8 << 20
+// consoleTailBytes is how much of a guest's console is kept in memory, to be
+// shown with an error. The whole of it is in the VM's console log.
+const consoleTailBytes = 64 << 10
 
 // A Console keeps the end of what a guest wrote, in memory that grows with
 // the text up to its limit and no further. Write never blocks and never fails.

@@ -75,7 +75,7 @@ func up(c *Console) bool {
 // The line is found wherever the pieces are cut, at most twice, and in a
 // console that keeps less than the line.
 func TestReadyLineInPieces(t *testing.T) {
-	for _, limit := range []int{1, ConsoleBytes} {
+	for _, limit := range []int{1, consoleTailBytes} {
 		for i := range len(wire.ReadyLine) + 1 {
 			for j := i; j <= len(wire.ReadyLine); j++ {
 				c := NewConsole(limit)

@@ -4,9 +4,12 @@ import (
 	"crypto/rand"
 	"fmt"
 	"os"
+	"path/filepath"
 	"time"
 
+	"banger"
 	"banger/ext4"
+	"banger/internal/store"
 )
 
 // The directory modes that disks start with.
@@ -15,6 +18,33 @@ const (
 	overlayDirMode = modeDir | 0o755
 	workDirMode    = modeDir | 0o700 // it becomes /root
 )
+
+// Disks are the UUIDs of a VM's own disks, as text.
+type Disks struct {
+	Overlay string `json:"overlay"`
+	Work    string `json:"work"`
+}
+
+// MakeDisks makes the disks of a new VM in its folder. A disk that exists is
+// an error, and stays as it is.
+func MakeDisks(dir string) (d Disks, err error) {
+	for _, disk := range []struct {
+		uuid        *string
+		file, label string
+		sizeBytes   int64
+		mode        uint16
+	}{
+		{&d.Overlay, store.VMOverlay, "overlay", banger.DefaultOverlayDiskBytes, overlayDirMode},
+		{&d.Work, store.VMWork, "work", banger.DefaultWorkDiskBytes, workDirMode},
+	} {
+		uuid, err := createDisk(filepath.Join(dir, disk.file), disk.sizeBytes, disk.label, disk.mode)
+		if err != nil {
+			return d, fmt.Errorf("%s disk: %w", disk.label, err)
+		}
+		*disk.uuid = formatUUID(uuid)
+	}
+	return d, nil
+}
 
 // createDisk makes an empty ext4 file system in a new sparse file of
 // sizeBytes and returns its UUID. The file is made durable; where anything

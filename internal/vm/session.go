@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"banger"
+	"banger/internal/vmm"
 	"banger/internal/wire"
 )
 
@@ -20,8 +21,17 @@ var replyTimeout = 30 * time.Second
 // ask opens a stream to the agent, sends a request on it and reads the reply.
 // The stream is the caller's to close. A refusal comes back as *wire.Error.
 func (v *VM) ask(ctx context.Context, req wire.Request) (net.Conn, wire.Reply, error) {
+	proc := v.process()
+	if proc == nil { // its guest has just asked for a reset
+		return nil, wire.Reply{}, banger.Errorf(banger.CodeConflict, "VM %s: it is starting", v.id)
+	}
+	return v.askOf(ctx, proc, req)
+}
+
+// askOf is ask for one VMM of the VM's.
+func (v *VM) askOf(ctx context.Context, proc vmm.Process, req wire.Request) (net.Conn, wire.Reply, error) {
 	var reply wire.Reply
-	conn, err := v.process().DialGuest(ctx, wire.AgentPort)
+	conn, err := proc.DialGuest(ctx, wire.AgentPort)
 	if err != nil {
 		return nil, reply, fmt.Errorf("agent: %w", err)
 	}
@@ -58,6 +68,8 @@ func (v *VM) ask(ctx context.Context, req wire.Request) (net.Conn, wire.Reply, e
 // A Session is one command running in the guest. Send and Recv may be called
 // from two goroutines at once, each from one.
 type Session struct {
+	v    *VM
+	proc vmm.Process // in whose guest it runs
 	conn net.Conn
 	tty  bool
 	buf  []byte
@@ -70,7 +82,11 @@ func (v *VM) Exec(ctx context.Context, exec wire.Exec) (*Session, error) {
 	if s := v.State(); !accept(s, RequestExec) {
 		return nil, banger.Errorf(banger.CodeConflict, "VM %s: it is %s, so it runs no commands", v.id, s)
 	}
-	conn, _, err := v.ask(ctx, wire.Request{Op: wire.OpExec, Exec: &exec})
+	proc := v.process()
+	if proc == nil {
+		return nil, banger.Errorf(banger.CodeConflict, "VM %s: it is starting, so it runs no commands", v.id)
+	}
+	conn, _, err := v.askOf(ctx, proc, wire.Request{Op: wire.OpExec, Exec: &exec})
 	if err != nil {
 		var refusal *wire.Error
 		if errors.As(err, &refusal) {
@@ -85,7 +101,7 @@ func (v *VM) Exec(ctx context.Context, exec wire.Exec) (*Session, error) {
 		}
 		return nil, err
 	}
-	return &Session{conn: conn, tty: exec.TTY != nil, buf: make([]byte, wire.MaxFrameBytes)}, nil
+	return &Session{v: v, proc: proc, conn: conn, tty: exec.TTY != nil, buf: make([]byte, wire.MaxFrameBytes)}, nil
 }
 
 // Send passes one frame of the user's to the guest.
@@ -126,6 +142,16 @@ func (s *Session) Recv() (wire.Frame, error) {
 		return f, nil
 	}
 	return f, fmt.Errorf("session: unexpected frame type %d from the guest", f.Type)
+}
+
+// Done is closed when the VMM is gone in whose guest the session ran.
+func (s *Session) Done() <-chan struct{} { return s.proc.Done() }
+
+// EndError says how the VMM ended, once Done is closed, as the error of what
+// was cut off by it.
+func (s *Session) EndError() error {
+	return &banger.Error{Code: banger.CodeGuest, Detail: s.v.consoleEnd(),
+		Message: fmt.Sprintf("VM %s: it ended before the command did: %s", s.v.id, describe(s.proc.Exit()))}
 }
 
 // Close ends the session; a command that still runs is hung up on.

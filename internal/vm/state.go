@@ -16,7 +16,8 @@ const (
 	evResumed event = "resumed" // the VMM runs it again
 	evStop    event = "stop"    // the guest is being asked to power off
 	evExited  event = "exited"  // the VMM is gone, as was asked or as the guest asked
-	evFailed  event = "failed"  // boot ended early, or the VMM went away unasked
+	evFailed  event = "failed"  // boot ended early, or the VMM or the supervisor went away unasked
+	evReboot  event = "reboot"  // the guest asked for a reset: the VMM ended and is spawned again
 	evDelete  event = "delete"  // its files are being removed
 )
 
@@ -37,6 +38,8 @@ const (
 //	   │ delete   │ delete          │ delete; start tries again
 //	   └──────────┴─────▶ deleting ◀┘
 //
+// reboot leads from running back to starting; it is left out of the picture.
+//
 // created and stopped hold disks and nothing else. starting, running, paused
 // and stopping hold a VMM process too. failed holds disks and a reason; the
 // VMM is gone. stopping that fails is failed as well. deleting is last: after
@@ -56,6 +59,7 @@ var transitions = map[banger.State]map[event]banger.State{
 		evStop:   banger.StateStopping,
 		evExited: banger.StateStopped,
 		evFailed: banger.StateFailed,
+		evReboot: banger.StateStarting,
 	},
 	banger.StatePaused: {
 		evResumed: banger.StateRunning,
@@ -92,6 +96,7 @@ type Request string
 const (
 	RequestStart  Request = "start"
 	RequestStop   Request = "stop"
+	RequestKill   Request = "kill"
 	RequestPause  Request = "pause"
 	RequestResume Request = "resume"
 	RequestExec   Request = "exec"
@@ -106,7 +111,7 @@ func accept(s banger.State, r Request) bool {
 	switch r {
 	case RequestStart:
 		return s == banger.StateCreated || s == banger.StateStopped || s == banger.StateFailed
-	case RequestStop:
+	case RequestStop, RequestKill:
 		return s != banger.StateDeleting
 	case RequestPause, RequestExec:
 		return s == banger.StateRunning
@@ -116,4 +121,26 @@ func accept(s banger.State, r Request) bool {
 		return s == banger.StateCreated || s == banger.StateStopped || s == banger.StateFailed
 	}
 	return false
+}
+
+// Accept is the policy for requests, for who owns the records.
+func Accept(s banger.State, r Request) bool { return accept(s, r) }
+
+// Rests says whether a VM in that state holds disks and no process.
+func Rests(s banger.State) bool {
+	return s == banger.StateCreated || s == banger.StateStopped || s == banger.StateFailed
+}
+
+// settle is the state of a VM whose owner is gone, and with it the VMM: what
+// it was at is finished where the end was what was wanted, and has failed
+// where not.
+func settle(s banger.State) banger.State {
+	e := evFailed
+	if s == banger.StateStopping {
+		e = evExited
+	}
+	if to, err := next(s, e); err == nil {
+		return to
+	}
+	return s
 }

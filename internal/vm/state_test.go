@@ -13,22 +13,22 @@ var (
 		banger.StateCreated, banger.StateStarting, banger.StateRunning, banger.StatePaused,
 		banger.StateStopping, banger.StateStopped, banger.StateFailed, banger.StateDeleting,
 	}
-	events   = []event{evStart, evBooted, evPaused, evResumed, evStop, evExited, evFailed, evDelete}
-	requests = []Request{RequestStart, RequestStop, RequestPause, RequestResume, RequestExec, RequestDelete}
+	events   = []event{evStart, evBooted, evPaused, evResumed, evStop, evExited, evFailed, evDelete, evReboot}
+	requests = []Request{RequestStart, RequestStop, RequestKill, RequestPause, RequestResume, RequestExec, RequestDelete}
 )
 
 // The diagram again, as a table of every state and every event, written by
 // hand: a change of the code must be made here too.
 func TestNext(t *testing.T) {
-	table := map[banger.State][8]banger.State{
-		//                start,        booted,      paused,    resumed,     stop,         exited,      failed,    delete
-		"created":  {"starting", "", "", "", "", "", "", "deleting"},
-		"starting": {"", "running", "", "", "stopping", "", "failed", ""},
-		"running":  {"", "", "paused", "", "stopping", "stopped", "failed", ""},
-		"paused":   {"", "", "", "running", "stopping", "", "failed", ""},
-		"stopping": {"", "", "", "", "", "stopped", "failed", ""},
-		"stopped":  {"starting", "", "", "", "", "", "", "deleting"},
-		"failed":   {"starting", "", "", "", "", "", "", "deleting"},
+	table := map[banger.State][9]banger.State{
+		//                start,        booted,      paused,    resumed,     stop,         exited,      failed,    delete,     reboot
+		"created":  {"starting", "", "", "", "", "", "", "deleting", ""},
+		"starting": {"", "running", "", "", "stopping", "", "failed", "", ""},
+		"running":  {"", "", "paused", "", "stopping", "stopped", "failed", "", "starting"},
+		"paused":   {"", "", "", "running", "stopping", "", "failed", "", ""},
+		"stopping": {"", "", "", "", "", "stopped", "failed", "", ""},
+		"stopped":  {"starting", "", "", "", "", "", "", "deleting", ""},
+		"failed":   {"starting", "", "", "", "", "", "", "deleting", ""},
 		"deleting": {},
 	}
 	for _, s := range append(states, "", "no state") {
@@ -51,6 +51,7 @@ func TestAccept(t *testing.T) {
 	accepted := map[Request][]banger.State{
 		RequestStart:  {"created", "stopped", "failed"},
 		RequestStop:   {"created", "starting", "running", "paused", "stopping", "stopped", "failed"},
+		RequestKill:   {"created", "starting", "running", "paused", "stopping", "stopped", "failed"},
 		RequestPause:  {"running"},
 		RequestResume: {"paused"},
 		RequestExec:   {"running"},
@@ -130,6 +131,25 @@ func TestLives(t *testing.T) {
 			}
 			started = hasProcess[to]
 			s = to
+		}
+	}
+}
+
+// An owner that dies leaves a VM at rest, whatever it was at; nothing that was
+// at rest changes.
+func TestSettle(t *testing.T) {
+	for s, want := range map[banger.State]banger.State{
+		"created": "created", "starting": "failed", "running": "failed", "paused": "failed",
+		"stopping": "stopped", "stopped": "stopped", "failed": "failed", "deleting": "deleting",
+	} {
+		if got := settle(s); got != want {
+			t.Errorf("%s settles as %s, want %s", s, got, want)
+		}
+		if s != banger.StateDeleting && !Rests(settle(s)) {
+			t.Errorf("%s does not come to rest", s)
+		}
+		if Rests(s) != accept(s, RequestDelete) {
+			t.Errorf("%s rests: %v, and may be deleted: %v", s, Rests(s), !Rests(s))
 		}
 	}
 }

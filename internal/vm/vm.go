@@ -56,6 +56,7 @@ type Config struct {
 	Store  *store.Store
 	Spec   banger.Spec // defaults are filled in by New
 	Config banger.ImageConfig
+	Disks  Disks
 
 	Rootfs   string   // the base image
 	RootUUID [16]byte // of its file system
@@ -68,8 +69,16 @@ type Config struct {
 	Grace time.Duration
 
 	// OnStage is told of each stage as it is reached, from the goroutine that
-	// calls New or Start.
+	// calls Start.
 	OnStage func(banger.Stage)
+
+	// Life is what was recorded of the VM before; Save records every change,
+	// before the act where the change is a decision. It may be nil.
+	Life Life
+	Save func(Life) error
+	// ConsoleLog gets what the guest writes to its console; nil for nobody.
+	// It must not block.
+	ConsoleLog io.Writer
 }
 
 // A VM is one virtual machine that this process owns. Its methods may be
@@ -79,95 +88,137 @@ type VM struct {
 	cfg     Config
 	token   string
 	console *Console
-	overlay [16]byte // UUIDs of the disks
-	work    [16]byte
 
-	stops sync.Mutex // held by Stop: of two at once the second finds the VM stopped
+	stops sync.Mutex // held by Stop and Kill: of two at once the second finds the VM stopped
 
 	mu       sync.Mutex
-	state    banger.State  // changed by move alone
-	stage    banger.Stage  // the last one reached
+	life     Life          // its State is changed by move alone
 	proc     vmm.Process   // of the last start; nil before the VMM was spawned
 	stopBoot func()        // ends the boot that is under way
-	bootOver chan struct{} // closed when Start is done with it
+	bootOver chan struct{} // closed when the boot is done with
+	changed  chan struct{} // closed and replaced when the state changes
 }
 
 // errStopped is the cause of the end of a boot that Stop ended.
 var errStopped = errors.New("stopped on request")
 
-// New makes the disks of a VM in its folder, which the caller holds and
-// removes if New fails.
-func New(cfg Config) (*VM, error) {
-	if cfg.Spec.CPUs == 0 {
-		cfg.Spec.CPUs = min(banger.DefaultCPUs, runtime.NumCPU())
+// Complete fills in what a spec leaves out. id gives a host its name.
+func Complete(spec banger.Spec, id string) banger.Spec {
+	if spec.CPUs == 0 {
+		spec.CPUs = min(banger.DefaultCPUs, runtime.NumCPU())
 	}
-	if cfg.Spec.MemoryBytes == 0 {
-		cfg.Spec.MemoryBytes = banger.DefaultMemoryBytes
+	if spec.MemoryBytes == 0 {
+		spec.MemoryBytes = banger.DefaultMemoryBytes
 	}
-	if cfg.Spec.Accel == "" {
-		cfg.Spec.Accel = banger.AccelAuto
+	if spec.Accel == "" {
+		spec.Accel = banger.AccelAuto
 	}
-	if cfg.Spec.Init == "" {
-		cfg.Spec.Init = "auto"
+	if spec.Init == "" {
+		spec.Init = "auto"
 	}
+	if spec.Hostname == "" {
+		spec.Hostname = "banger-" + id
+	}
+	return spec
+}
+
+// New is the VM that Create made, at rest. The caller holds it.
+func New(cfg Config) *VM {
+	cfg.Spec = Complete(cfg.Spec, cfg.ID)
 	if cfg.Grace == 0 || cfg.Grace > stopInitGrace {
 		cfg.Grace = stopInitGrace
 	}
-	if cfg.Spec.Hostname == "" {
-		cfg.Spec.Hostname = "banger-" + cfg.ID
+	if cfg.Life.State == "" {
+		cfg.Life = Life{State: banger.StateCreated, Stage: banger.StageDisks}
 	}
 	var secret [32]byte
 	rand.Read(secret[:]) // never fails
-	v := &VM{
+	return &VM{
 		id:      cfg.ID,
 		cfg:     cfg,
 		token:   hex.EncodeToString(secret[:]),
-		console: NewConsole(ConsoleBytes),
-		state:   banger.StateCreated,
-		stage:   banger.StageBuilt,
+		console: NewConsole(consoleTailBytes),
+		life:    cfg.Life,
+		changed: make(chan struct{}),
 	}
-	dir := cfg.Store.VM(cfg.ID)
-	var err error
-	if v.overlay, err = createDisk(filepath.Join(dir, store.VMOverlay), banger.DefaultOverlayDiskBytes, "overlay", overlayDirMode); err != nil {
-		return nil, fmt.Errorf("overlay disk: %w", err)
-	}
-	if v.work, err = createDisk(filepath.Join(dir, store.VMWork), banger.DefaultWorkDiskBytes, "work", workDirMode); err != nil {
-		return nil, fmt.Errorf("work disk: %w", err)
-	}
-	v.reached(banger.StageDisks)
-	return v, nil
 }
 
 // State is the VM's state now; it may be another by the time it is looked at.
-func (v *VM) State() banger.State {
+func (v *VM) State() banger.State { return v.Life().State }
+
+// Life is what became of the VM up to now.
+func (v *VM) Life() Life {
 	v.mu.Lock()
 	defer v.mu.Unlock()
-	return v.state
+	return v.life
 }
 
-// Console is what the guest wrote to its console.
+// Console is the end of what the guest wrote to its console.
 func (v *VM) Console() *Console { return v.console }
 
-// to moves the VM along an edge of the state machine.
-func (v *VM) to(e event) error {
+// to moves the VM along an edge of the state machine and records it. reason is
+// kept with the state.
+func (v *VM) to(e event, reason string) error {
 	v.mu.Lock()
 	defer v.mu.Unlock()
-	return v.move(e)
+	return v.move(e, reason)
 }
 
-// move is to for who holds mu.
-func (v *VM) move(e event) error {
-	s, err := next(v.state, e)
+// move is to for who holds mu. A start that cannot be recorded does not
+// happen. Every other change is true whether it can be recorded or not: a full
+// disk keeps no VM from ending.
+func (v *VM) move(e event, reason string) error {
+	s, err := next(v.life.State, e)
 	if err != nil {
 		return err
 	}
-	v.state = s
+	was := v.life
+	v.life.State, v.life.Reason, v.life.Detail = s, reason, ""
+	now := time.Now().UTC().Truncate(time.Millisecond)
+	switch {
+	case e == evStart:
+		v.life.Started, v.life.Ended, v.life.Exit, v.life.Restarts = &now, nil, nil, 0
+	case e == evReboot:
+		v.life.Restarts++
+	case s == banger.StateFailed:
+		v.life.Detail = v.consoleEnd()
+	}
+	if e == evStart || e == evReboot {
+		v.life.Stage, v.proc = banger.StageDisks, nil
+	}
+	if Rests(s) {
+		v.life.Ended = &now
+		v.life.VMM, v.life.Supervisor, v.life.Confinement = nil, nil, nil
+	}
+	if err := v.save(); err != nil && e == evStart {
+		v.life = was
+		return err
+	}
+	close(v.changed)
+	v.changed = make(chan struct{})
 	return nil
+}
+
+// save records the life; the caller holds mu.
+func (v *VM) save() error {
+	if v.cfg.Save == nil {
+		return nil
+	}
+	return v.cfg.Save(v.life)
+}
+
+// record changes what is recorded beside the state. What cannot be written now
+// is written with the next change.
+func (v *VM) record(change func(*Life)) {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	change(&v.life)
+	v.save()
 }
 
 func (v *VM) reached(s banger.Stage) {
 	v.mu.Lock()
-	v.stage = s
+	v.life.Stage = s
 	v.mu.Unlock()
 	if v.cfg.OnStage != nil {
 		v.cfg.OnStage(s)
@@ -181,14 +232,20 @@ func (v *VM) process() vmm.Process {
 	return v.proc
 }
 
-// Start boots the VM and returns when the network stage is reached. If it
+// Start boots the VM and returns when a stage is reached: the network stage,
+// or the init stage where the image's init is to be waited for too. If it
 // fails, or ctx ends, or a Stop comes, nothing is left running and the error
 // names the last stage reached; unless it was the user who ended it, it holds
 // the end of the console too.
-func (v *VM) Start(ctx context.Context) error {
+func (v *VM) Start(ctx context.Context, until banger.Stage) error {
 	if s := v.State(); !accept(s, RequestStart) {
 		return banger.Errorf(banger.CodeConflict, "VM %s: it is %s already", v.id, s)
 	}
+	return v.start(ctx, evStart, until)
+}
+
+// start boots, at first or again.
+func (v *VM) start(ctx context.Context, e event, until banger.Stage) error {
 	accel := v.cfg.Spec.Accel
 	if accel == banger.AccelAuto {
 		info, err := v.cfg.Driver.Probe(ctx, accel)
@@ -213,18 +270,20 @@ func (v *VM) Start(ctx context.Context) error {
 	defer close(over)
 
 	v.mu.Lock()
-	if err := v.move(evStart); err != nil {
+	if err := v.move(e, ""); err != nil {
 		v.mu.Unlock()
+		if _, known := errors.AsType[*banger.Error](err); known || errors.Is(err, noSpace) {
+			return err
+		}
 		return banger.Errorf(banger.CodeConflict, "VM %s: %w", v.id, err)
 	}
-	v.stage, v.proc = banger.StageDisks, nil
 	v.stopBoot, v.bootOver = func() { stopBoot(errStopped) }, over
 	v.console.expectKernel()
 	v.mu.Unlock()
 
-	err := v.boot(bootCtx, accel)
+	err := v.boot(bootCtx, accel, until)
 	if err == nil {
-		if err = v.to(evBooted); err == nil {
+		if err = v.to(evBooted, ""); err == nil {
 			return nil
 		}
 	}
@@ -237,16 +296,16 @@ func (v *VM) Start(ctx context.Context) error {
 	v.removeRun()
 	v.mu.Lock()
 	defer v.mu.Unlock()
-	if v.state == banger.StateStopping {
-		v.move(evExited)
+	if v.life.State == banger.StateStopping {
+		v.move(evExited, "")
 	} else {
-		v.move(evFailed)
+		v.move(evFailed, err.Error())
 	}
 	return err
 }
 
-// boot spawns the VMM and follows the guest up to the network stage.
-func (v *VM) boot(ctx context.Context, accel banger.Accel) error {
+// boot spawns the VMM and follows the guest up to a stage.
+func (v *VM) boot(ctx context.Context, accel banger.Accel, until banger.Stage) error {
 	run := v.cfg.Store.VMRun(v.id)
 	if err := os.Mkdir(run, 0o700); err != nil {
 		return err
@@ -277,7 +336,7 @@ func (v *VM) boot(ctx context.Context, accel banger.Accel) error {
 			Args: []string{"cryptomgr.notests"},
 		},
 		Drives:  drives,
-		Console: v.console,
+		Console: tee{v.console, v.cfg.ConsoleLog},
 	})
 	if err != nil {
 		return err
@@ -285,6 +344,11 @@ func (v *VM) boot(ctx context.Context, accel banger.Accel) error {
 	v.mu.Lock()
 	v.proc = proc
 	v.mu.Unlock()
+	info := proc.Info()
+	v.record(func(l *Life) {
+		l.Driver, l.Accel, l.Confinement = info.Driver, info.Accel, info.Confinement
+		l.VMM, _ = ProcessOf(proc.PID()) // one that has ended already is not there to be found
+	})
 	v.reached(banger.StageSpawned)
 
 	select {
@@ -295,7 +359,20 @@ func (v *VM) boot(ctx context.Context, accel banger.Accel) error {
 	case <-ctx.Done():
 		return context.Cause(ctx)
 	}
-	return v.followBoot(ctx)
+	return v.followBoot(ctx, until)
+}
+
+// A tee writes to a VM's console and to its log, if it has one.
+type tee struct {
+	console *Console
+	log     io.Writer
+}
+
+func (t tee) Write(p []byte) (int, error) {
+	if t.log != nil {
+		t.log.Write(p)
+	}
+	return t.console.Write(p)
 }
 
 // writeInitramfs makes the file that the guest starts from: the agent, the
@@ -306,8 +383,8 @@ func (v *VM) writeInitramfs(path string) error {
 		Token:       v.token,
 		Hostname:    v.cfg.Spec.Hostname,
 		Base:        formatUUID(v.cfg.RootUUID),
-		Overlay:     formatUUID(v.overlay),
-		Work:        formatUUID(v.work),
+		Overlay:     v.cfg.Disks.Overlay,
+		Work:        v.cfg.Disks.Work,
 		Modules:     v.cfg.Kernel.ModulesUUID,
 		LoadModules: v.cfg.Kernel.LoadModules(),
 		Init:        v.cfg.Spec.Init,
@@ -337,8 +414,8 @@ func (v *VM) writeInitramfs(path string) error {
 	return f.Close()
 }
 
-// followBoot reads the guest's own account of its boot.
-func (v *VM) followBoot(ctx context.Context) error {
+// followBoot reads the guest's own account of its boot, up to a stage.
+func (v *VM) followBoot(ctx context.Context, until banger.Stage) error {
 	conn, _, err := v.ask(ctx, wire.Request{Op: wire.OpBoot})
 	if err != nil {
 		return err
@@ -370,6 +447,11 @@ func (v *VM) followBoot(ctx context.Context) error {
 			return fmt.Errorf("the guest cannot go on: %s", ev.Detail)
 		case string(banger.StageNetwork):
 			v.reached(banger.StageNetwork)
+			if until != banger.StageInit {
+				return nil
+			}
+		case string(banger.StageInit):
+			v.reached(banger.StageInit)
 			return nil
 		}
 	}
@@ -380,7 +462,7 @@ func (v *VM) followBoot(ctx context.Context) error {
 // reached and the end of the console.
 func (v *VM) bootError(user, boot context.Context, err error, limit time.Duration) error {
 	v.mu.Lock()
-	stage, proc := v.stage, v.proc
+	stage, proc := v.life.Stage, v.proc
 	v.mu.Unlock()
 	if cause := context.Cause(boot); errors.Is(cause, errStopped) || errors.Is(user.Err(), context.Canceled) {
 		return &banger.Error{Code: banger.CodeCanceled, Err: cause,
@@ -408,9 +490,7 @@ func (v *VM) bootError(user, boot context.Context, err error, limit time.Duratio
 		default:
 		}
 	}
-	if lines := v.console.LastLines(20); len(lines) > 0 {
-		e.Detail = "the console ends:\n" + strings.Join(lines, "\n")
-	} else {
+	if e.Detail = v.consoleEnd(); e.Detail == "" {
 		e.Detail = "the console is empty"
 	}
 	return e.WithHint("if it is slow rather than stuck, give it more memory with -m, or see the console above")
@@ -438,17 +518,180 @@ func describe(x vmm.Exit) string {
 	return fmt.Sprintf("exit code %d: %s", x.Code, last)
 }
 
-// Done is closed when the VMM is gone. Only after a Start that succeeded.
-func (v *VM) Done() <-chan struct{} { return v.process().Done() }
-
-// EndError says how the VMM ended, once Done is closed, as the error of what
-// was cut off by it.
-func (v *VM) EndError() error {
-	e := banger.Errorf(banger.CodeGuest, "VM %s: it ended before the command did: %s", v.id, describe(v.process().Exit()))
-	if lines := v.console.LastLines(20); len(lines) > 0 {
-		e.Detail = "the console ends:\n" + strings.Join(lines, "\n")
+// consoleEnd is the end of the console in words, "" if nothing was written.
+func (v *VM) consoleEnd() string {
+	lines := v.console.LastLines(20)
+	if len(lines) == 0 {
+		return ""
 	}
-	return e
+	return "the console ends:\n" + strings.Join(lines, "\n")
+}
+
+// Reboots of a guest's own are followed, but not for ever: one that comes back
+// so soon, so often, is not getting anywhere.
+const (
+	rebootWindow = time.Minute
+	maxReboots   = 5 // within the window
+)
+
+// Follow waits until the VM is at rest. A VMM that ends unasked is settled: a
+// guest that asked for a reset is started again, one that powered off has
+// stopped, and what else ends a VMM is a failure. It is called once after each
+// Start that succeeded.
+func (v *VM) Follow(ctx context.Context) {
+	var reboots []time.Time
+	for {
+		v.mu.Lock()
+		s, proc, changed := v.life.State, v.proc, v.changed
+		v.mu.Unlock()
+		switch {
+		case Rests(s):
+			return
+		case s != banger.StateRunning && s != banger.StatePaused:
+			<-changed // whoever is at it settles it
+			continue
+		}
+		select {
+		case <-proc.Done():
+		case <-changed:
+			continue
+		}
+		v.stops.Lock() // a Stop that was first has the say
+		again := false
+		if v.process() == proc {
+			again = v.ended(proc, &reboots)
+		}
+		v.stops.Unlock()
+		if again {
+			// An error is in the record, and the state at rest.
+			if err := v.start(ctx, evReboot, banger.StageNetwork); err != nil {
+				v.to(evFailed, err.Error()) // where it did not come to a start
+			}
+		}
+	}
+}
+
+// ended settles a VM whose VMM ended unasked, and says whether it is to be
+// started again.
+func (v *VM) ended(proc vmm.Process, reboots *[]time.Time) (again bool) {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	if s := v.life.State; s != banger.StateRunning && s != banger.StatePaused {
+		return false
+	}
+	v.removeRun()
+	x := proc.Exit()
+	switch {
+	case v.life.State == banger.StatePaused:
+	case x.Cause == vmm.CauseGuestOff:
+		v.move(evExited, describe(x))
+		return false
+	case x.Cause == vmm.CauseGuestReboot:
+		now := time.Now()
+		*reboots = append(*reboots, now)
+		if len(*reboots) > maxReboots {
+			*reboots = (*reboots)[1:]
+		}
+		if len(*reboots) < maxReboots || now.Sub((*reboots)[0]) > rebootWindow {
+			return true
+		}
+		v.move(evFailed, fmt.Sprintf("the guest rebooted %d times within %v", maxReboots, rebootWindow))
+		return false
+	}
+	v.move(evFailed, "the VMM ended: "+describe(x))
+	return false
+}
+
+// WaitRunning waits until the VM that broke a session is settled; true when it
+// runs again, false when it is at rest or ctx ended.
+func (v *VM) WaitRunning(ctx context.Context) bool {
+	for {
+		v.mu.Lock()
+		s, proc, changed := v.life.State, v.proc, v.changed
+		v.mu.Unlock()
+		switch {
+		case Rests(s):
+			return false
+		case s == banger.StateRunning && !isDone(proc):
+			// A stream can break a little before its VMM is known to have ended.
+			select {
+			case <-proc.Done():
+				continue
+			case <-changed:
+				continue
+			case <-time.After(endWait):
+				return true
+			case <-ctx.Done():
+				return false
+			}
+		}
+		select {
+		case <-changed:
+		case <-ctx.Done():
+			return false
+		}
+	}
+}
+
+// SetExit records how the main command ended.
+func (v *VM) SetExit(code int) { v.record(func(l *Life) { l.Exit = &code }) }
+
+// Pause stops the guest's CPUs and Resume lets them go on.
+func (v *VM) Pause(ctx context.Context) error {
+	return v.setPaused(ctx, RequestPause, evPaused, vmm.Process.Pause)
+}
+
+// Resume is the way back from Pause.
+func (v *VM) Resume(ctx context.Context) error {
+	return v.setPaused(ctx, RequestResume, evResumed, vmm.Process.Resume)
+}
+
+func (v *VM) setPaused(ctx context.Context, r Request, e event, do func(vmm.Process, context.Context) error) error {
+	v.stops.Lock()
+	defer v.stops.Unlock()
+	if s := v.State(); !accept(s, r) {
+		return banger.Errorf(banger.CodeConflict, "VM %s: it is %s, so there is nothing to %s", v.id, s, r)
+	}
+	if err := do(v.process(), ctx); err != nil {
+		return fmt.Errorf("VM %s: %s: %w", v.id, r, err)
+	}
+	return v.to(e, "")
+}
+
+// Kill ends a VM at once: its guest is not asked. Killing what is at rest does
+// nothing.
+func (v *VM) Kill() error {
+	v.mu.Lock()
+	s, proc, bootOver := v.life.State, v.proc, v.bootOver
+	mine := s == banger.StateRunning || s == banger.StatePaused
+	switch {
+	case s == banger.StateStarting:
+		v.move(evStop, "")
+		v.stopBoot()
+	case mine:
+		v.move(evStop, "") // from here on the end is no surprise to Follow
+	}
+	v.mu.Unlock()
+	switch {
+	case Rests(s):
+		return nil
+	case s == banger.StateStarting, proc == nil:
+		<-bootOver
+		return nil
+	}
+	err := kill(proc)
+	if err != nil {
+		err = fmt.Errorf("VM %s: %w", v.id, err)
+	}
+	switch {
+	case !mine: // a Stop is at it, and has what it waits for
+		return err
+	case err != nil:
+		v.to(evFailed, err.Error())
+		return err
+	}
+	v.removeRun()
+	return v.to(evExited, "killed on request")
 }
 
 // Stop ends a VM: the guest gets stopGuest, then the VMM stopVMM, then it is
@@ -460,33 +703,34 @@ func (v *VM) Stop(ctx context.Context) (clean bool, err error) {
 	v.stops.Lock()
 	defer v.stops.Unlock()
 	v.mu.Lock()
-	s, proc, bootOver := v.state, v.proc, v.bootOver
+	s, proc, bootOver := v.life.State, v.proc, v.bootOver
 	if s == banger.StateStarting {
-		err = v.move(evStop)
+		err = v.move(evStop, "")
 		v.stopBoot()
 	}
 	v.mu.Unlock()
 	switch {
 	case !accept(s, RequestStop):
 		return false, banger.Errorf(banger.CodeConflict, "VM %s: it is %s", v.id, s)
-	case s == banger.StateStarting:
+	case s == banger.StateStarting, s == banger.StateStopping: // the latter by a Kill
 		<-bootOver
 		return false, err
 	case s != banger.StateRunning && s != banger.StatePaused:
 		return true, nil
 	case isDone(proc): // unasked
 		v.removeRun()
-		if clean = s == banger.StateRunning && proc.Exit().Cause == vmm.CauseGuestOff; clean {
-			return true, v.to(evExited)
+		x := proc.Exit()
+		if s == banger.StateRunning && (x.Cause == vmm.CauseGuestOff || x.Cause == vmm.CauseGuestReboot) {
+			return x.Cause == vmm.CauseGuestOff, v.to(evExited, "")
 		}
-		return false, v.to(evFailed)
+		return false, v.to(evFailed, "the VMM ended: "+describe(x))
 	}
 	if s == banger.StatePaused {
 		resumeCtx, cancel := context.WithTimeout(ctx, stopVMM)
 		proc.Resume(resumeCtx) // where it fails the guest stays silent and is ended below
 		cancel()
 	}
-	if err := v.to(evStop); err != nil {
+	if err := v.to(evStop, ""); err != nil {
 		return false, err
 	}
 	guestCtx, cancel := context.WithTimeout(ctx, stopGuest)
@@ -511,15 +755,16 @@ func (v *VM) Stop(ctx context.Context) (clean bool, err error) {
 	}
 	if !isDone(proc) {
 		if err := kill(proc); err != nil {
-			v.to(evFailed)
+			v.to(evFailed, err.Error())
 			return false, fmt.Errorf("VM %s: %w", v.id, err)
 		}
 	}
 	v.removeRun()
-	if err := v.to(evExited); err != nil {
-		return false, err
+	clean, reason := proc.Exit().Cause == vmm.CauseGuestOff, ""
+	if !clean {
+		reason = "the guest did not power off by itself"
 	}
-	return proc.Exit().Cause == vmm.CauseGuestOff, nil
+	return clean, v.to(evExited, reason)
 }
 
 // kill ends a VMM and waits for its end.

@@ -118,13 +118,15 @@ func newVM(t *testing.T, driver vmm.Driver, change func(*Config)) (*VM, *store.S
 		t.Fatal(err)
 	}
 	id := store.NewID()
-	hold, err := s.HoldVM(id)
+	if err := os.Mkdir(s.VM(id), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	disks, err := MakeDisks(s.VM(id))
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() { hold.Close() })
 	cfg := Config{
-		ID: id, Store: s, Driver: driver,
+		ID: id, Store: s, Driver: driver, Disks: disks,
 		Rootfs: filepath.Join(dir, "rootfs"),
 		Agent:  filepath.Join(dir, "agent"),
 		Kernel: &kernel.Kernel{Kernel: banger.Kernel{Vmlinux: filepath.Join(dir, "vmlinux"), Modules: filepath.Join(dir, "modules")}},
@@ -132,11 +134,7 @@ func newVM(t *testing.T, driver vmm.Driver, change func(*Config)) (*VM, *store.S
 	if change != nil {
 		change(&cfg)
 	}
-	v, err := New(cfg)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return v, s
+	return New(cfg), s
 }
 
 // fake makes a VM whose guest is a.
@@ -152,7 +150,7 @@ func fake(t *testing.T, a agent, opt vmmtest.Options) (*VM, *vmmtest.Fake) {
 func started(t *testing.T, a agent, opt vmmtest.Options) (*VM, *vmmtest.Fake) {
 	t.Helper()
 	v, f := fake(t, a, opt)
-	if err := v.Start(t.Context()); err != nil {
+	if err := v.Start(t.Context(), banger.StageNetwork); err != nil {
 		t.Fatal(err)
 	}
 	return v, f
@@ -197,7 +195,7 @@ func TestLife(t *testing.T) {
 	}
 	for round := range 2 { // a VM that was stopped starts again
 		stages = stages[:0]
-		if err := v.Start(t.Context()); err != nil {
+		if err := v.Start(t.Context(), banger.StageNetwork); err != nil {
 			t.Fatalf("start %d: %v", round, err)
 		}
 		if v.State() != banger.StateRunning {
@@ -223,7 +221,7 @@ func TestLife(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		for _, part := range []string{`"hostname":"name"`, `"init":"auto"`, v.token, formatUUID(v.overlay), formatUUID(v.work)} {
+		for _, part := range []string{`"hostname":"name"`, `"init":"auto"`, v.token, v.cfg.Disks.Overlay, v.cfg.Disks.Work} {
 			if !strings.Contains(string(initramfs), part) {
 				t.Errorf("the initramfs has no %s", part)
 			}
@@ -231,11 +229,11 @@ func TestLife(t *testing.T) {
 		if words := strings.Join(m.Boot.Args, " "); strings.Contains(words, v.token) {
 			t.Errorf("the token is on the command line: %s", words)
 		}
-		if err := v.Start(t.Context()); banger.CodeOf(err) != banger.CodeConflict {
+		if err := v.Start(t.Context(), banger.StageNetwork); banger.CodeOf(err) != banger.CodeConflict {
 			t.Errorf("started twice: %v", err)
 		}
 		select {
-		case <-v.Done():
+		case <-v.process().Done():
 			t.Error("done while it runs")
 		default:
 		}
@@ -243,7 +241,7 @@ func TestLife(t *testing.T) {
 		if err != nil || !clean {
 			t.Errorf("stop: clean %v, %v", clean, err)
 		}
-		<-v.Done()
+		<-v.process().Done()
 		nothingRuns(t, v, f, banger.StateStopped)
 		if clean, err := v.Stop(t.Context()); err != nil || !clean {
 			t.Errorf("stopped again: clean %v, %v", clean, err)
@@ -257,13 +255,13 @@ func TestLife(t *testing.T) {
 	}
 }
 
-func TestNewNeverReplacesDisks(t *testing.T) {
+func TestDisksAreNeverReplaced(t *testing.T) {
 	v, _ := fake(t, agent{}, vmmtest.Options{})
 	before, err := os.Stat(filepath.Join(v.cfg.Store.VM(v.id), store.VMWork))
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, err := New(v.cfg); !errors.Is(err, os.ErrExist) {
+	if _, err := MakeDisks(v.cfg.Store.VM(v.id)); !errors.Is(err, os.ErrExist) {
 		t.Errorf("made again: %v", err)
 	}
 	after, err := os.Stat(filepath.Join(v.cfg.Store.VM(v.id), store.VMWork))
@@ -277,7 +275,7 @@ func TestFailAt(t *testing.T) {
 	setLimits(t)
 	stubborn := agent{shutdown: func(_ *vmmtest.FakeGuest, conn net.Conn) { silent(conn) }}
 	live := func(t *testing.T, v *VM) (startErr, execErr, stopErr error) {
-		if startErr = v.Start(t.Context()); startErr != nil {
+		if startErr = v.Start(t.Context(), banger.StageNetwork); startErr != nil {
 			return
 		}
 		var s *Session
@@ -320,7 +318,7 @@ func TestFailAt(t *testing.T) {
 			}
 			nothingRuns(t, v, f, state)
 			// What failed can be tried again.
-			if err := v.Start(t.Context()); err != nil {
+			if err := v.Start(t.Context(), banger.StageNetwork); err != nil {
 				t.Errorf("start again: %v", err)
 			}
 			if _, err := v.Stop(t.Context()); err != nil {
@@ -352,7 +350,7 @@ func TestKillThatFails(t *testing.T) {
 	setLimits(t)
 	f := vmmtest.NewFake(vmmtest.Options{Deaf: true, Serve: agent{shutdown: func(_ *vmmtest.FakeGuest, c net.Conn) { silent(c) }}.serve})
 	v, _ := newVM(t, immortals{f}, nil)
-	if err := v.Start(t.Context()); err != nil {
+	if err := v.Start(t.Context(), banger.StageNetwork); err != nil {
 		t.Fatal(err)
 	}
 	clean, err := v.Stop(t.Context())
@@ -432,7 +430,7 @@ func TestBootThatFails(t *testing.T) {
 				c.opt.Console = console
 			}
 			v, f := fake(t, c.agent, c.opt)
-			err := v.Start(t.Context())
+			err := v.Start(t.Context(), banger.StageNetwork)
 			var e *banger.Error
 			if !errors.As(err, &e) || e.Code != c.code {
 				t.Fatalf("got %s: %v", banger.CodeOf(err), err)
@@ -458,7 +456,7 @@ func TestBootWithoutWhatItNeeds(t *testing.T) {
 	t.Run("the kernel", func(t *testing.T) {
 		f := vmmtest.NewFake(vmmtest.Options{})
 		v, _ := newVM(t, f, func(cfg *Config) { cfg.Kernel.Vmlinux = "/nonexistent" })
-		if err := v.Start(t.Context()); banger.CodeOf(err) != banger.CodeNotFound {
+		if err := v.Start(t.Context(), banger.StageNetwork); banger.CodeOf(err) != banger.CodeNotFound {
 			t.Errorf("got %s: %v", banger.CodeOf(err), err)
 		}
 		nothingRuns(t, v, f, banger.StateFailed)
@@ -466,7 +464,7 @@ func TestBootWithoutWhatItNeeds(t *testing.T) {
 	t.Run("the agent", func(t *testing.T) {
 		f := vmmtest.NewFake(vmmtest.Options{})
 		v, _ := newVM(t, f, func(cfg *Config) { cfg.Agent = "/nonexistent" })
-		if err := v.Start(t.Context()); !errors.Is(err, os.ErrNotExist) {
+		if err := v.Start(t.Context(), banger.StageNetwork); !errors.Is(err, os.ErrNotExist) {
 			t.Errorf("got %v", err)
 		}
 		nothingRuns(t, v, f, banger.StateFailed)
@@ -474,7 +472,7 @@ func TestBootWithoutWhatItNeeds(t *testing.T) {
 	t.Run("an accelerator", func(t *testing.T) {
 		f := vmmtest.NewFake(vmmtest.Options{})
 		v, _ := newVM(t, f, func(cfg *Config) { cfg.Spec.Accel = banger.AccelKVM })
-		if err := v.Start(t.Context()); banger.CodeOf(err) != banger.CodeUnavailable {
+		if err := v.Start(t.Context(), banger.StageNetwork); banger.CodeOf(err) != banger.CodeUnavailable {
 			t.Errorf("got %v", err)
 		}
 		nothingRuns(t, v, f, banger.StateFailed)
@@ -495,7 +493,7 @@ func TestBootEndsWithItsContext(t *testing.T) {
 			cause := errors.New("enough")
 			ctx, cancel := context.WithCancelCause(t.Context())
 			time.AfterFunc(50*time.Millisecond, func() { cancel(cause) })
-			err := v.Start(ctx)
+			err := v.Start(ctx, banger.StageNetwork)
 			if banger.CodeOf(err) != banger.CodeCanceled || !errors.Is(err, cause) || !strings.Contains(err.Error(), string(name)) {
 				t.Errorf("got %v", err)
 			}
@@ -505,7 +503,7 @@ func TestBootEndsWithItsContext(t *testing.T) {
 			v, f := fake(t, first(make()), second(make()))
 			ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
 			defer cancel()
-			err := v.Start(ctx)
+			err := v.Start(ctx, banger.StageNetwork)
 			var e *banger.Error
 			if !errors.As(err, &e) || e.Code != banger.CodeTimeout || !strings.Contains(err.Error(), string(name)) || e.Detail == "" {
 				t.Errorf("got %v", err)
@@ -533,7 +531,7 @@ func second(_ agent, o vmmtest.Options) vmmtest.Options { return o }
 func goStart(t *testing.T, v *VM) <-chan error {
 	t.Helper()
 	result := make(chan error, 1)
-	go func() { result <- v.Start(t.Context()) }()
+	go func() { result <- v.Start(t.Context(), banger.StageNetwork) }()
 	for deadline := time.Now().Add(wait); v.State() == banger.StateCreated; time.Sleep(time.Millisecond) {
 		if time.Now().After(deadline) {
 			t.Fatal("it does not start")
@@ -555,7 +553,7 @@ func TestStartAgain(t *testing.T) {
 		v.Stop(t.Context())
 		ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
 		defer cancel()
-		if err := v.Start(ctx); err == nil || !strings.Contains(err.Error(), `after the stage "spawned"`) {
+		if err := v.Start(ctx, banger.StageNetwork); err == nil || !strings.Contains(err.Error(), `after the stage "spawned"`) {
 			t.Errorf("got %v", err)
 		}
 		nothingRuns(t, v, f, banger.StateFailed)
@@ -564,7 +562,7 @@ func TestStartAgain(t *testing.T) {
 		missing := banger.Errorf(banger.CodeNotFound, "vmlinux: gone")
 		v, f := started(t, agent{}, vmmtest.Options{FailAt: 6, FailErr: missing})
 		v.Stop(t.Context())
-		if err := v.Start(t.Context()); err != error(missing) {
+		if err := v.Start(t.Context(), banger.StageNetwork); err != error(missing) {
 			t.Errorf("got %v after %q", err, f.Calls())
 		}
 		nothingRuns(t, v, f, banger.StateFailed)
@@ -601,7 +599,7 @@ func TestBootWaitsForTheReason(t *testing.T) {
 		silent(conn)
 	}}.serve})
 	v, _ := newVM(t, lates{f}, nil)
-	if err := v.Start(t.Context()); err == nil || !strings.Contains(err.Error(), "the guest's kernel panicked") {
+	if err := v.Start(t.Context(), banger.StageNetwork); err == nil || !strings.Contains(err.Error(), "the guest's kernel panicked") {
 		t.Errorf("got %v", err)
 	}
 	nothingRuns(t, v, f, banger.StateFailed)
@@ -628,7 +626,7 @@ func TestStartOnce(t *testing.T) {
 	var wg sync.WaitGroup
 	results := make(chan error, 10)
 	for range cap(results) {
-		wg.Go(func() { results <- v.Start(t.Context()) })
+		wg.Go(func() { results <- v.Start(t.Context(), banger.StageNetwork) })
 	}
 	wg.Wait()
 	close(results)
@@ -668,7 +666,7 @@ func TestStop(t *testing.T) {
 		{"paused", nil, false, pause, true, banger.StateStopped, vmm.CauseGuestOff},
 		{"paused, and a guest that ignores it", func(_ *vmmtest.FakeGuest, c net.Conn) { silent(c) }, false, pause, false, banger.StateStopped, vmm.CauseQuit},
 		{"ended by its guest", nil, false, end((*vmmtest.FakeGuest).PowerOff), true, banger.StateStopped, vmm.CauseGuestOff},
-		{"rebooted by its guest", nil, false, end((*vmmtest.FakeGuest).Reboot), false, banger.StateFailed, vmm.CauseGuestReboot},
+		{"rebooted by its guest", nil, false, end((*vmmtest.FakeGuest).Reboot), false, banger.StateStopped, vmm.CauseGuestReboot},
 		{"panicked", nil, false, end((*vmmtest.FakeGuest).Panic), false, banger.StateFailed, vmm.CauseGuestPanic},
 		{"crashed", nil, false, end(func(g *vmmtest.FakeGuest) { g.Crash("x") }), false, banger.StateFailed, vmm.CauseCrashed},
 	} {
@@ -697,7 +695,7 @@ func TestStop(t *testing.T) {
 
 func pause(t *testing.T, v *VM, g *vmmtest.FakeGuest) {
 	t.Helper()
-	if err := errors.Join(g.Pause(t.Context()), v.to(evPaused)); err != nil {
+	if err := errors.Join(g.Pause(t.Context()), v.to(evPaused, "")); err != nil {
 		t.Fatal(err)
 	}
 }
@@ -705,7 +703,7 @@ func pause(t *testing.T, v *VM, g *vmmtest.FakeGuest) {
 func end(how func(*vmmtest.FakeGuest)) func(*testing.T, *VM, *vmmtest.FakeGuest) {
 	return func(_ *testing.T, v *VM, g *vmmtest.FakeGuest) {
 		how(g)
-		<-v.Done()
+		<-v.process().Done()
 	}
 }
 
@@ -745,13 +743,13 @@ func TestStopOfWhatDoesNotRun(t *testing.T) {
 		t.Errorf("created: clean %v, %v", clean, err)
 	}
 	nothingRuns(t, v, f, banger.StateCreated)
-	if err := v.to(evDelete); err != nil {
+	if err := v.to(evDelete, ""); err != nil {
 		t.Fatal(err)
 	}
 	if _, err := v.Stop(t.Context()); banger.CodeOf(err) != banger.CodeConflict {
 		t.Errorf("deleting: %v", err)
 	}
-	if err := v.Start(t.Context()); banger.CodeOf(err) != banger.CodeConflict {
+	if err := v.Start(t.Context(), banger.StageNetwork); banger.CodeOf(err) != banger.CodeConflict {
 		t.Errorf("deleting: %v", err)
 	}
 }
@@ -933,12 +931,12 @@ func TestSessionBrokenByTheEnd(t *testing.T) {
 		t.Errorf("got %v", err)
 	}
 	select {
-	case <-v.Done():
+	case <-v.process().Done():
 	case <-time.After(wait):
 		t.Fatal("the VM does not end")
 	}
 	var e *banger.Error
-	if err := v.EndError(); !errors.As(err, &e) || e.Code != banger.CodeGuest ||
+	if err := s.EndError(); !errors.As(err, &e) || e.Code != banger.CodeGuest ||
 		!strings.Contains(e.Message, "the guest's kernel panicked") || !strings.Contains(e.Detail, "Kernel panic: \x1b[31m") {
 		t.Errorf("got %v", err)
 	}

@@ -422,7 +422,7 @@ func (r *reportPipe) close() {
 // read waits until the launcher has become QEMU, or has said why not.
 func (r *reportPipe) read(ctx context.Context) (*banger.Confinement, error) {
 	if r == nil {
-		return &banger.Confinement{Missing: []string{"no launcher was given to the driver"}}, nil
+		return &banger.Confinement{Namespaces: []string{}, Limits: []string{}, Missing: []string{"no launcher was given to the driver"}}, nil
 	}
 	defer r.close()
 	ctx, cancel := context.WithTimeout(ctx, qmpTimeout)
@@ -450,8 +450,10 @@ func (r *reportPipe) read(ctx context.Context) (*banger.Confinement, error) {
 	if last.Error != "" {
 		return nil, fmt.Errorf("launcher: %s", last.Error)
 	}
-	last.Confinement.Namespaces = r.names
-	return &last.Confinement, nil
+	c := &last.Confinement
+	c.Namespaces = append([]string{}, r.names...)
+	c.Missing = append([]string{}, c.Missing...) // a list in JSON, where nothing is missing too
+	return c, nil
 }
 
 // explain turns an early end into an error whose next step is known where the
