@@ -413,8 +413,9 @@ func TestCancelBeforeTheRequest(t *testing.T) {
 
 func TestClientGone(t *testing.T) {
 	client, server := pair(t)
-	ended := make(chan error, 1)
+	begun, ended := make(chan bool, 1), make(chan error, 1)
 	go Serve(context.Background(), server, map[string]Handler{"m": func(ctx context.Context, c *Call) (any, error) {
+		begun <- true
 		for range c.Input { // closed when the client is gone
 		}
 		<-ctx.Done()
@@ -425,6 +426,7 @@ func TestClientGone(t *testing.T) {
 	if err := writeRequest(client, request{Method: "m"}, nil); err != nil {
 		t.Fatal(err)
 	}
+	<-begun
 	client.Close()
 	select {
 	case err := <-ended:
@@ -434,6 +436,19 @@ func TestClientGone(t *testing.T) {
 	case <-time.After(wait):
 		t.Fatal("the handler goes on without its client")
 	}
+}
+
+// What a client asked for that was gone before it was read is not begun.
+func TestRequestOfTheDead(t *testing.T) {
+	client, server := pair(t)
+	if err := writeRequest(client, request{Method: "m"}, nil); err != nil {
+		t.Fatal(err)
+	}
+	client.Close()
+	Serve(context.Background(), server, map[string]Handler{"m": func(context.Context, *Call) (any, error) {
+		t.Error("it was begun")
+		return nil, nil
+	}})
 }
 
 // The daemon may be asked to end while a client has not said anything yet.

@@ -151,7 +151,7 @@ func (c *Client) Call(ctx context.Context, method string, params any, files []*o
 		err = writeRequest(c.conn, request{Method: method, Params: raw}, files)
 	}
 	close(c.asked)
-	if err != nil {
+	if err != nil && !errors.Is(err, syscall.EPIPE) && !errors.Is(err, syscall.ECONNRESET) { // what it said before it went is worth reading
 		return fmt.Errorf("daemon: %w", err)
 	}
 	stop := context.AfterFunc(ctx, func() { c.Cancel() })
@@ -161,11 +161,11 @@ func (c *Client) Call(ctx context.Context, method string, params any, files []*o
 	for {
 		f, err := wire.ReadFrame(c.conn, buf)
 		if err != nil {
-			if errors.Is(err, io.EOF) {
+			if errors.Is(err, io.EOF) || errors.Is(err, syscall.ECONNRESET) {
 				return &banger.Error{Code: banger.CodeInternal, Message: "daemon: it ended before it answered", Err: ErrGone,
 					Hint: "running VMs go on; `banger ls` starts it again and shows them"}
 			}
-			return fmt.Errorf("daemon: %w", err)
+			return fmt.Errorf("daemon: %w (%w)", err, ErrGone)
 		}
 		switch f.Type {
 		case frameEvent:

@@ -99,6 +99,9 @@ func Serve(ctx context.Context, conn *net.UnixConn, routes map[string]Handler) {
 		return
 	}
 	defer closeAll(files)
+	if Gone(conn) {
+		return // nobody wants it any more: what was not begun is not begun
+	}
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	input := make(chan wire.Frame)

@@ -124,6 +124,21 @@ func Peer(conn *net.UnixConn) (pid int, err error) {
 	return int(cred.Pid), nil
 }
 
+// Gone says whether the other end of a connection is closed, whatever it has
+// sent before.
+func Gone(conn *net.UnixConn) (gone bool) {
+	raw, err := conn.SyscallConn()
+	if err != nil {
+		return true
+	}
+	raw.Control(func(fd uintptr) {
+		poll := []unix.PollFd{{Fd: int32(fd)}}
+		_, err := unix.Poll(poll, 0)
+		gone = err == nil && poll[0].Revents&unix.POLLHUP != 0
+	})
+	return gone
+}
+
 // Address is where the resident daemon of this user listens: its state folder
 // and its socket.
 func Address() (root, socket string, err error) {

@@ -173,7 +173,7 @@ func (m *manager) run(ctx context.Context, c *api.Call) (any, error) {
 	stopErr := m.stop(after, e, -1)
 	t.next("stop")
 	if e.rec.Ephemeral {
-		if rmErr := m.remove(after, e, true); rmErr != nil && banger.CodeOf(rmErr) != banger.CodeNotFound {
+		if rmErr := m.removeNow(after, e); rmErr != nil && banger.CodeOf(rmErr) != banger.CodeNotFound {
 			stopErr = errors.Join(stopErr, rmErr)
 		}
 	}

@@ -340,8 +340,9 @@ func (w *world) killDaemon() {
 // holds these VMs, each whole, and nothing half made.
 func (w *world) atRest(names ...string) {
 	w.t.Helper()
-	w.until("no supervisor and no VMM", func() bool {
-		return len(w.processes("supervise")) == 0 && len(w.processes("sleep")) == 0
+	w.until("no supervisor, no VMM, nothing half deleted", func() bool {
+		left, err := w.s.Leftovers()
+		return len(w.processes("supervise")) == 0 && len(w.processes("sleep")) == 0 && err == nil && len(left) == 0
 	})
 	all := w.list()
 	var got []string

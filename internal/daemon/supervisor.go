@@ -27,6 +27,7 @@ const (
 	supervisorStart  = "supervisor.start" // on the connection it was started with, once
 	supervisorServe  = "supervisor.serve" // serve the connection in the file of the call
 	supervisorWait   = "supervisor.wait"  // returns when the VM is at rest
+	supervisorState  = "supervisor.state" // returns the state, which may be ahead of the record
 	supervisorStop   = "supervisor.stop"
 	supervisorKill   = "supervisor.kill"
 	supervisorPause  = "supervisor.pause"
@@ -102,6 +103,11 @@ func supervise(id string, newDriver func() (vmm.Driver, error)) error {
 		return err
 	}
 	defer hold.Close()
+	// A daemon that died before this point has a successor, which found the VM
+	// at rest: it is not for us to start it.
+	if api.Gone(conn) {
+		return errors.New("the daemon went away before the VM was held")
+	}
 	sup := &supervisor{leased: make(chan struct{}), over: make(chan struct{})}
 	release, err := sup.open(s, id, newDriver)
 	if err != nil {
@@ -279,9 +285,7 @@ func (sup *supervisor) start(ctx context.Context, c *api.Call) error {
 	if p.Wait == "" {
 		p.Wait = banger.StageNetwork
 	}
-	undo := context.AfterFunc(ctx, func() { sup.v.Stop(context.Background()) })
-	defer undo()
-	return sup.v.Start(context.WithoutCancel(ctx), p.Wait)
+	return sup.v.Start(ctx, p.Wait)
 }
 
 // live is the VM's life from its first boot to its rest.
@@ -350,6 +354,7 @@ func (sup *supervisor) routes() map[string]api.Handler {
 			_, err := sup.v.Stop(stopCtx)
 			return err
 		}),
+		supervisorState:  func(context.Context, *api.Call) (any, error) { return sup.v.State(), nil },
 		supervisorKill:   plain(func(context.Context, *api.Call) error { return sup.v.Kill() }),
 		supervisorPause:  plain(func(ctx context.Context, _ *api.Call) error { return sup.v.Pause(ctx) }),
 		supervisorResume: plain(func(ctx context.Context, _ *api.Call) error { return sup.v.Resume(ctx) }),

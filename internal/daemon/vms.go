@@ -67,7 +67,7 @@ type entry struct {
 	life    vm.Life                 // the truth while there is no supervisor
 	rested  chan struct{}           // closed when the supervisor's end is settled; nil: there is none
 	cancel  context.CancelCauseFunc // of the start that is under way
-	leaving bool                    // it is being removed, or was
+	leaving int                     // more than 0: it is being removed, or was
 }
 
 func newEntry(id string) *entry { return &entry{id: id, ops: make(chan struct{}, 1)} }
@@ -181,6 +181,9 @@ func (m *manager) takeUp(id string) error {
 		m.note("VM %s: %v", id, e.broken)
 	case supervised:
 		e.rested = make(chan struct{})
+		if vm.IsRemoving(m.store, id) {
+			e.leaving++
+		}
 		go m.adopt(e)
 	case vm.IsRemoving(m.store, id), e.rec.Ephemeral:
 		if _, err := vm.Settle(m.store, id, &e.life); err != nil {
@@ -211,9 +214,6 @@ func (m *manager) takeUp(id string) error {
 
 // drop deletes a VM that the caller holds and that nothing runs of.
 func (m *manager) drop(e *entry) error {
-	e.mu.Lock()
-	e.leaving = true
-	e.mu.Unlock()
 	if err := m.store.Remove(m.store.VM(e.id)); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
@@ -230,9 +230,9 @@ func (m *manager) drop(e *entry) error {
 // so that it does not listen yet, or has gone deaf: as long as it holds its VM
 // the VM is its own.
 func (m *manager) adopt(e *entry) {
-	if vm.IsRemoving(m.store, e.id) {
+	if e.leaving > 0 {
 		go func() {
-			if err := m.remove(m.ctx, e, true); err == nil {
+			if err := m.removeNow(m.ctx, e); err == nil {
 				m.note("VM %s: its removal had not ended and was finished", e.rec.Name)
 			}
 		}()
@@ -268,7 +268,7 @@ func (m *manager) supervisorOf(e *entry) (*api.Client, error) {
 		return nil, err
 	}
 	if life.Supervisor == nil || !life.Supervisor.Alive() {
-		return nil, fmt.Errorf("VM %s: no supervisor is on record", e.name())
+		return nil, fmt.Errorf("VM %s: it has no supervisor (any more)", e.name())
 	}
 	conn, err := api.Dial(m.store.VM(e.id), store.SupervisorSocket)
 	if err != nil {
@@ -316,12 +316,14 @@ func (m *manager) settled(e *entry) {
 	}
 	rested := e.rested
 	e.rested = nil
-	e.leaving = e.leaving || e.rec.Ephemeral
 	ephemeral := e.rec.Ephemeral
+	if ephemeral {
+		e.leaving++
+	}
 	e.mu.Unlock()
 	close(rested)
 	if ephemeral {
-		if err := m.remove(m.ctx, e, true); err != nil && banger.CodeOf(err) != banger.CodeNotFound && m.ctx.Err() == nil {
+		if err := m.removeNow(m.ctx, e); err != nil && banger.CodeOf(err) != banger.CodeNotFound && m.ctx.Err() == nil {
 			log.Printf("VM %s: %v", e.rec.Name, err)
 		}
 	}
@@ -370,7 +372,7 @@ func (m *manager) find(text string) (*entry, error) {
 func (e *entry) check() error {
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	if e.leaving {
+	if e.leaving > 0 {
 		return banger.Errorf(banger.CodeNotFound, "VM %q: it was removed", e.name())
 	}
 	if e.broken != nil {
@@ -380,21 +382,36 @@ func (e *entry) check() error {
 	return nil
 }
 
-// reserve finds a free name for a VM that is being made, and keeps it.
-func (m *manager) reserve(name string) (*entry, string, error) {
-	id := store.NewID()
-	e := newEntry(id)
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	if name == "" {
-		for name = madeUpName(); m.byName[name] != nil; name = madeUpName() {
+// reserve finds a free name for a VM that is being made, and keeps it. A name
+// whose VM is being removed is waited for.
+func (m *manager) reserve(ctx context.Context, name string) (*entry, string, error) {
+	e := newEntry(store.NewID())
+	for {
+		m.mu.Lock()
+		given := name
+		for given == "" || name == "" && m.byName[given] != nil {
+			given = madeUpName()
 		}
-	} else if other := m.byName[name]; other != nil {
-		return nil, "", banger.Errorf(banger.CodeConflict, "VM %q: the name is taken", name).
-			WithHint("`banger rm %s` removes that VM; `banger start %s` starts it", name, name)
+		other := m.byName[given]
+		if other == nil {
+			m.byName[given] = e
+			m.mu.Unlock()
+			return e, given, nil
+		}
+		m.mu.Unlock()
+		other.mu.Lock()
+		leaving := other.leaving > 0
+		other.mu.Unlock()
+		if !leaving {
+			return nil, "", banger.Errorf(banger.CodeConflict, "VM %q: the name is taken", name).
+				WithHint("`banger rm %s` removes that VM; `banger start %s` starts it", name, name)
+		}
+		select {
+		case <-time.After(time.Millisecond):
+		case <-ctx.Done():
+			return nil, "", context.Cause(ctx)
+		}
 	}
-	m.byName[name] = e
-	return e, name, nil
 }
 
 // make makes a VM: the name first, then the disks with the records in one
@@ -422,15 +439,15 @@ func (m *manager) make(ctx context.Context, p api.CreateParams) (e *entry, err e
 	if err != nil {
 		return nil, err
 	}
-	e, name, err := m.reserve(p.Name)
+	made, name, err := m.reserve(ctx, p.Name)
 	if err != nil {
 		return nil, err
 	}
+	e = made
 	defer func() {
 		if err != nil {
 			m.mu.Lock()
 			delete(m.byName, name)
-			delete(m.byID, e.id)
 			m.mu.Unlock()
 		}
 	}()
@@ -474,12 +491,20 @@ func (m *manager) start(ctx context.Context, e *entry, p startParams, emit func(
 		if err := e.check(); err != nil {
 			return err
 		}
+		if err := context.Cause(ctx); err != nil {
+			return err
+		}
 		life, rested := m.look(e)
 		switch {
 		case rested == nil:
 			return m.boot(ctx, e, p, emit)
+		case life.Supervisor != nil && !life.Supervisor.Alive():
+			// Its end is about to be settled.
 		case life.State == banger.StateRunning && !p.Bare:
-			return nil
+			// The record is written while the supervisor decides: ask it.
+			if s, err := m.stateOf(ctx, e); err == nil && s == banger.StateRunning {
+				return nil
+			}
 		case life.State == banger.StateRunning, life.State == banger.StatePaused:
 			return banger.Errorf(banger.CodeConflict, "VM %s: it is %s", e.name(), life.State).WithHint("`banger resume %s`, or `banger stop %s`", e.name(), e.name())
 		}
@@ -591,10 +616,29 @@ func (m *manager) supervisorCommand(e *entry, wrap []string, conn *os.File) (*ex
 // ask makes one short call to the supervisor of a VM.
 func (m *manager) ask(ctx context.Context, e *entry, method string, params any, files []*os.File) error {
 	c, err := m.supervisorOf(e)
-	if err != nil {
-		return err
+	if err == nil {
+		err = c.Call(ctx, method, params, files, &api.None{}, nil, nil)
 	}
-	return c.Call(ctx, method, params, files, &api.None{}, nil, nil)
+	if err != nil && banger.CodeOf(err) == banger.CodeInternal {
+		// It may have ended by itself, or have been ended, in between.
+		life, _ := m.look(e)
+		if !vm.Rests(life.State) && life.Supervisor != nil && !life.Supervisor.Alive() {
+			return banger.Errorf(banger.CodeGuest, "VM %s: its supervisor died", e.name())
+		}
+		if vm.Rests(life.State) {
+			return banger.Errorf(banger.CodeGuest, "VM %s: it is %s by now: %s", e.name(), life.State, life.Reason)
+		}
+	}
+	return err
+}
+
+// stateOf asks the supervisor of a VM for its state.
+func (m *manager) stateOf(ctx context.Context, e *entry) (s banger.State, err error) {
+	c, err := m.supervisorOf(e)
+	if err != nil {
+		return "", err
+	}
+	return s, c.Call(ctx, supervisorState, api.None{}, nil, &s, nil, nil)
 }
 
 // stop brings a VM to rest; timeoutMs is what its guest gets, -1 the default.
@@ -661,52 +705,79 @@ func (m *manager) bringDown(ctx context.Context, e *entry, down func() error) er
 
 // remove deletes a VM. One that runs is refused unless force kills it first.
 func (m *manager) remove(ctx context.Context, e *entry, force bool) error {
-	if err := e.check(); err != nil && !(force && (e.broken != nil || e.rec.Ephemeral)) {
+	if err := e.check(); err != nil && (!force || e.broken == nil) {
 		return err
 	}
-	life, rested := m.look(e)
-	if rested != nil {
-		if !force {
-			return banger.Errorf(banger.CodeConflict, "VM %s: it is %s", e.name(), life.State).
-				WithHint("stop it first, or `banger rm -f %s` does both", e.name())
+	if life, rested := m.look(e); rested != nil && !force {
+		return banger.Errorf(banger.CodeConflict, "VM %s: it is %s", e.name(), life.State).
+			WithHint("stop it first, or `banger rm -f %s` does both", e.name())
+	}
+	return m.removeNow(ctx, e)
+}
+
+// removeNow ends a VM that runs, and deletes it. From here on nobody finds it;
+// if it cannot be done after all, it is there again. Who comes second waits
+// for the first.
+func (m *manager) removeNow(ctx context.Context, e *entry) (err error) {
+	e.mu.Lock()
+	e.leaving++
+	running := e.rested != nil
+	e.mu.Unlock()
+	defer func() {
+		if err != nil {
+			e.mu.Lock()
+			e.leaving--
+			e.mu.Unlock()
 		}
+	}()
+	if running {
 		if err := vm.MarkRemoving(m.store, e.id); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return err
 		}
 		if err := m.kill(ctx, e); err != nil {
-			return err
+			return errors.Join(err, vm.UnmarkRemoving(m.store, e.id))
 		}
 	}
 	if err := e.lock(ctx); err != nil {
 		return err
 	}
 	defer e.unlock()
-	if _, rested := m.look(e); rested != nil { // started again in between
-		return banger.Errorf(banger.CodeConflict, "VM %s: it was started meanwhile", e.name())
-	}
 	m.mu.Lock()
 	there := m.byID[e.id] == e
 	m.mu.Unlock()
 	if !there {
 		return banger.Errorf(banger.CodeNotFound, "VM %q: it was removed", e.name())
 	}
-	hold, err := m.store.HoldVM(e.id)
+	if _, rested := m.look(e); rested != nil {
+		return banger.Errorf(banger.CodeConflict, "VM %s: it was started meanwhile", e.name())
+	}
+	hold, err := m.holdResting(ctx, e)
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
-	if err := m.drop(e); err != nil {
-		e.mu.Lock()
-		e.leaving = false
-		e.mu.Unlock()
-		if hold != nil {
-			hold.Close()
-		}
-		return err
-	}
 	if hold != nil {
-		hold.Close()
+		defer hold.Close()
 	}
-	return nil
+	return m.drop(e)
+}
+
+// holdResting takes the hold on a VM that has no supervisor of this daemon's.
+// One that a daemon before this one started and that never heard of it takes
+// the hold for a moment, finds its daemon gone, and ends.
+func (m *manager) holdResting(ctx context.Context, e *entry) (*os.File, error) {
+	ctx, cancel := context.WithTimeout(ctx, settleLimit)
+	defer cancel()
+	for {
+		hold, err := m.store.HoldVM(e.id)
+		if !errors.Is(err, store.ErrHeld) {
+			return hold, err
+		}
+		select {
+		case <-time.After(5 * time.Millisecond):
+		case <-ctx.Done():
+			return nil, err
+		}
+	}
 }
 
 // show is a VM as the user sees it.
@@ -746,12 +817,16 @@ func (m *manager) show(e *entry) banger.VM {
 	return out
 }
 
-// all is every VM, the newest first.
+// all is every VM that is not being removed, the newest first.
 func (m *manager) all() []*entry {
 	m.mu.Lock()
 	list := make([]*entry, 0, len(m.byID))
 	for _, e := range m.byID {
-		list = append(list, e)
+		e.mu.Lock()
+		if e.leaving == 0 {
+			list = append(list, e)
+		}
+		e.mu.Unlock()
 	}
 	m.mu.Unlock()
 	slices.SortFunc(list, func(a, b *entry) int {

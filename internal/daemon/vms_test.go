@@ -220,7 +220,7 @@ func TestEphemeral(t *testing.T) {
 				syscall.Kill(pid, syscall.SIGKILL)
 			}
 		}
-		w.until(end+": it is gone", func() bool { return len(w.list()) == 0 })
+		w.until(end+": it is gone", func() bool { w.list(); ids, err := w.s.VMIDs(); return err == nil && len(ids) == 0 })
 		w.atRest()
 	}
 }
@@ -326,7 +326,7 @@ func TestRunWithoutDaemon(t *testing.T) {
 	if err := <-ended; banger.CodeOf(err) != banger.CodeCanceled {
 		t.Errorf("session: %v", err)
 	}
-	w.until("the VM is gone", func() bool { return len(w.list()) == 0 })
+	w.until("the VM is gone", func() bool { w.list(); ids, err := w.s.VMIDs(); return err == nil && len(ids) == 0 })
 	w.atRest()
 }
 
@@ -449,7 +449,7 @@ func TestStartUp(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	w.until("the marked VM is gone", func() bool { return len(w.list()) == 1 })
+	w.until("the marked VM is gone", func() bool { _, err := os.Lstat(w.s.VM(leaving.ID)); return errors.Is(err, fs.ErrNotExist) })
 	var said []string
 	for _, e := range events {
 		said = append(said, e.Notice)

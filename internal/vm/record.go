@@ -180,6 +180,15 @@ func MarkRemoving(s *store.Store, id string) error {
 	return err
 }
 
+// UnmarkRemoving takes the mark back.
+func UnmarkRemoving(s *store.Store, id string) error {
+	err := os.Remove(filepath.Join(s.VM(id), store.VMRemoving))
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	return err
+}
+
 // IsRemoving says whether the removal of a VM was decided.
 func IsRemoving(s *store.Store, id string) bool {
 	_, err := os.Lstat(filepath.Join(s.VM(id), store.VMRemoving))

@@ -234,8 +234,8 @@ func (v *VM) process() vmm.Process {
 
 // Start boots the VM and returns when a stage is reached: the network stage,
 // or the init stage where the image's init is to be waited for too. If it
-// fails, or ctx ends, or a Stop comes, nothing is left running and the error
-// names the last stage reached; unless it was the user who ended it, it holds
+// fails, or ctx ends, or a Stop comes, nothing is left running (the VM has
+// failed, or is stopped where it was canceled or stopped) and the error names the last stage reached; unless it was the user who ended it, it holds
 // the end of the console too.
 func (v *VM) Start(ctx context.Context, until banger.Stage) error {
 	if s := v.State(); !accept(s, RequestStart) {
@@ -296,6 +296,9 @@ func (v *VM) start(ctx context.Context, e event, until banger.Stage) error {
 	v.removeRun()
 	v.mu.Lock()
 	defer v.mu.Unlock()
+	if v.life.State == banger.StateStarting && errors.Is(ctx.Err(), context.Canceled) {
+		v.move(evStop, "") // whoever wanted it has gone: that is no failure
+	}
 	if v.life.State == banger.StateStopping {
 		v.move(evExited, "")
 	} else {

@@ -497,7 +497,7 @@ func TestBootEndsWithItsContext(t *testing.T) {
 			if banger.CodeOf(err) != banger.CodeCanceled || !errors.Is(err, cause) || !strings.Contains(err.Error(), string(name)) {
 				t.Errorf("got %v", err)
 			}
-			nothingRuns(t, v, f, banger.StateFailed)
+			nothingRuns(t, v, f, banger.StateStopped)
 		})
 		t.Run("too late at "+string(name), func(t *testing.T) {
 			v, f := fake(t, first(make()), second(make()))
