@@ -7,6 +7,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"syscall"
 	"time"
@@ -100,6 +101,9 @@ func (b *boot) run() (initChoice, error) {
 		if err := mountAt(devs[3], at, "ext4", unix.MS_RDONLY|unix.MS_NODEV|unix.MS_NOSUID, ""); err != nil {
 			return initChoice{}, fmt.Errorf("modules drive: %w", err)
 		}
+		if devname, err := readBounded(filepath.Join(at, "modules.devname"), maxDevnameBytes); err == nil {
+			staticNodes(devname, "/dev")
+		}
 	}
 	if err := installShutdown(); err != nil {
 		return initChoice{}, err
@@ -116,6 +120,9 @@ func (b *boot) run() (initChoice, error) {
 	if err := b.bindDirect(init); err != nil {
 		return init, err
 	}
+	if init.Kind == kindSystemd {
+		mountForSystemd()
+	}
 	if init.Kind == kindReaper {
 		// An image's init mounts this itself, in the version it wants.
 		err := mountAt("cgroup2", "/sys/fs/cgroup", "cgroup2", unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC, "nsdelegate")
@@ -124,6 +131,59 @@ func (b *boot) run() (initChoice, error) {
 		}
 	}
 	return init, nil
+}
+
+// maxDevnameBytes bounds modules.devname, of which a distribution's has a few
+// dozen lines.
+const maxDevnameBytes = 1 << 20
+
+// staticNodes makes the device nodes whose opening loads a module: the lines
+// "MODULE NODE cMAJOR:MINOR" of modules.devname. Without them a guest has no
+// /dev/fuse and no /dev/net/tun before something else has loaded the module.
+func staticNodes(devname []byte, dev string) {
+	for line := range strings.Lines(string(devname)) {
+		f := strings.Fields(line)
+		if len(f) != 3 || strings.HasPrefix(f[0], "#") || !fs.ValidPath(f[1]) || len(f[2]) < 2 {
+			continue
+		}
+		kind := map[byte]uint32{'c': unix.S_IFCHR, 'b': unix.S_IFBLK}[f[2][0]]
+		major, minor, ok := strings.Cut(f[2][1:], ":")
+		ma, err1 := strconv.ParseUint(major, 10, 12)
+		mi, err2 := strconv.ParseUint(minor, 10, 20)
+		if kind == 0 || !ok || err1 != nil || err2 != nil {
+			continue
+		}
+		path := filepath.Join(dev, f[1])
+		mode := uint32(0o600)
+		switch f[1] { // as udev's rules have them, for everybody
+		case "fuse", "net/tun":
+			mode = 0o666
+		}
+		if mkdirAll(filepath.Dir(path)) == nil && unix.Mknod(path, kind|mode, int(unix.Mkdev(uint32(ma), uint32(mi)))) == nil {
+			unix.Chmod(path, mode) // whatever the umask was
+		}
+	}
+}
+
+// mountForSystemd mounts what systemd has a unit for each, which would start a
+// program each. The units are active all the same. What a kernel does not have
+// is left out, as systemd would.
+func mountForSystemd() {
+	for _, m := range []struct {
+		at, kind string
+		flags    uintptr
+		data     string
+	}{
+		{"/dev/hugepages", "hugetlbfs", 0, "pagesize=2M"},
+		{"/dev/mqueue", "mqueue", unix.MS_NOSUID | unix.MS_NODEV | unix.MS_NOEXEC, ""},
+		{"/sys/kernel/debug", "debugfs", unix.MS_NOSUID | unix.MS_NODEV | unix.MS_NOEXEC, ""},
+		{"/sys/kernel/tracing", "tracefs", unix.MS_NOSUID | unix.MS_NODEV | unix.MS_NOEXEC, ""},
+	} {
+		if strings.HasPrefix(m.at, "/dev/") {
+			os.Mkdir(m.at, 0o755)
+		}
+		unix.Mount(m.kind, m.at, m.kind, m.flags, m.data)
+	}
 }
 
 // readConfig reads the boot configuration and removes it: it holds the token.

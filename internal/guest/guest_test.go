@@ -4,11 +4,14 @@ import (
 	"bytes"
 	"encoding/binary"
 	"errors"
+	"fmt"
 	"io/fs"
+	"maps"
 	"net"
 	"os"
 	"path/filepath"
 	"reflect"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -441,28 +444,77 @@ func TestStdinQueue(t *testing.T) {
 	}
 }
 
-func TestMaskWithoutKmod(t *testing.T) {
-	unit := "/run/systemd/system/kmod-static-nodes.service"
-	root := t.TempDir()
-	for range 2 { // the second time it is there already
-		if err := maskWithoutKmod(root); err != nil {
-			t.Fatal(err)
+// What systemd has no need to do is masked in /run, and the files for a
+// foreign boot go; an fstab that says something is for systemd.
+func TestForSystemd(t *testing.T) {
+	for text, want := range map[string]bool{
+		"":                                 true,
+		"# UNCONFIGURED FSTAB\n\n  # x\n":  true,
+		"proc /proc proc hidepid=2 0 0\n":  false,
+		"# x\n\ttmpfs /tmp tmpfs\n":        false,
+		"# banger: no such device: /dev/x": true,
+	} {
+		root := t.TempDir()
+		for _, path := range append([]string{"/etc/fstab", "/etc/modules-load.d/mine.conf"}, foreign...) {
+			if err := os.MkdirAll(filepath.Dir(root+path), 0o755); err != nil {
+				t.Fatal(err)
+			}
+			if err := os.WriteFile(root+path, []byte(text), 0o644); err != nil {
+				t.Fatal(err)
+			}
+		}
+		for range 2 { // the second time it is there already
+			if err := forSystemd(root); err != nil {
+				t.Fatal(err)
+			}
+		}
+		for _, unit := range append(slices.Clone(needless), "systemd-remount-fs.service") {
+			target, err := os.Readlink(root + "/run/systemd/system/" + unit)
+			if masked := err == nil && target == "/dev/null"; masked != (want || unit != "systemd-remount-fs.service") {
+				t.Errorf("fstab %q: %s is masked: %v", text, unit, masked)
+			}
+		}
+		for _, path := range foreign {
+			if _, err := os.Lstat(root + path); err == nil {
+				t.Errorf("%s is there", path)
+			}
+		}
+		if _, err := os.Lstat(root + "/etc/modules-load.d/mine.conf"); err != nil {
+			t.Error(err)
 		}
 	}
-	if target, err := os.Readlink(root + unit); err != nil || target != "/dev/null" {
-		t.Errorf("without kmod: %q, %v", target, err)
-	}
-	root = t.TempDir()
-	if err := os.MkdirAll(root+"/usr/bin", 0o755); err != nil {
+	// An image without an fstab has none that could say anything.
+	root := t.TempDir()
+	if err := forSystemd(root); err != nil {
 		t.Fatal(err)
 	}
-	if err := os.WriteFile(root+"/usr/bin/kmod", nil, 0o755); err != nil {
-		t.Fatal(err)
+	if _, err := os.Lstat(root + "/run/systemd/system/systemd-remount-fs.service"); err == nil {
+		t.Error("masked what has a condition of its own")
 	}
-	if err := maskWithoutKmod(root); err != nil {
-		t.Fatal(err)
+}
+
+func TestStaticNodes(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("NOT TESTED: device nodes need root")
 	}
-	if _, err := os.Lstat(root + unit); err == nil {
-		t.Error("with kmod the unit is masked")
+	dev := t.TempDir()
+	staticNodes([]byte("# Device nodes\nfuse fuse c10:229\ntun net/tun c10:200\nloop loop-control c10:237\nbad ../x c1:1\nbad /x c1:1\n"+
+		"bad x1 c1\nbad x2 d1:1\nbad x3 c4096:1\nbad x4 c1:1048576\nbad x5\nblk disk b4095:1048575\n\xff\n"), dev)
+	want := map[string]string{"fuse": "Dcrw-rw-rw- 10:229", "net/tun": "Dcrw-rw-rw- 10:200", "loop-control": "Dcrw------- 10:237", "disk": "Drw------- 4095:1048575"}
+	got := map[string]string{}
+	filepath.WalkDir(dev, func(path string, d os.DirEntry, err error) error {
+		if err != nil || d.IsDir() {
+			return err
+		}
+		var st unix.Stat_t
+		if err := unix.Lstat(path, &st); err != nil {
+			return err
+		}
+		info, err := d.Info()
+		got[strings.TrimPrefix(path, dev+"/")] = fmt.Sprintf("%v %d:%d", info.Mode(), unix.Major(st.Rdev), unix.Minor(st.Rdev))
+		return err
+	})
+	if !maps.Equal(got, want) {
+		t.Errorf("got %q\nwant %q", got, want)
 	}
 }
