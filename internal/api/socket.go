@@ -27,8 +27,6 @@ const (
 	// startLimit bounds the start of a daemon: it reads the records of every
 	// VM, and may have to wait for the one before it to end.
 	startLimit = 30 * time.Second
-	// helloLimit bounds the first answer of a daemon that is there.
-	helloLimit = 10 * time.Second
 	// maxReadyBytes bounds what a daemon says when it cannot start.
 	maxReadyBytes = 64 << 10
 	// readyFD is where a daemon says that it takes calls, or why not.
@@ -37,6 +35,9 @@ const (
 	// a client's is started anew.
 	connectTries = 5
 )
+
+// helloLimit bounds the first answer of a daemon that is there.
+var helloLimit = 10 * time.Second
 
 // shortName calls f with a name for a file in dir that fits into a socket
 // address, however long the path of dir is.

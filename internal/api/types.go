@@ -133,9 +133,6 @@ type CreateParams struct {
 	Ephemeral bool        `json:"ephemeral,omitempty"`
 	Spec      banger.Spec `json:"spec"`
 	Prepared  Prepared    `json:"prepared"`
-	// Bare says that no main command is started: the caller's session takes
-	// its place.
-	Bare bool `json:"bare,omitempty"`
 }
 
 // RunParams asks for a VM and for the connection in the one file of the call

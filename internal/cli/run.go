@@ -123,6 +123,9 @@ func (s *sessionFlags) session(cmd *cobra.Command) (*session, error) {
 	}
 	if !cmd.Flags().Changed("tty") {
 		s.tty = term.IsTerminal(int(os.Stdin.Fd())) && term.IsTerminal(int(os.Stdout.Fd()))
+		if s.tty && !cmd.Flags().Changed("interactive") {
+			s.interactive = true // a terminal that cannot be typed at is of no use
+		}
 	}
 	out := &session{
 		exec: wire.Exec{Env: env, User: s.user, Dir: s.dir, Stdin: s.interactive},

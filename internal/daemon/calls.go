@@ -48,7 +48,7 @@ func (m *manager) create(ctx context.Context, c *api.Call) (any, error) {
 	if err := c.Params(&p); err != nil {
 		return nil, err
 	}
-	e, err := m.make(ctx, p)
+	e, err := m.make(ctx, p, false)
 	if err != nil {
 		return nil, err
 	}
@@ -132,7 +132,7 @@ func (m *manager) run(ctx context.Context, c *api.Call) (any, error) {
 		return nil, err
 	}
 	t := newTrace(c)
-	e, err := m.make(ctx, p.Create)
+	e, err := m.make(ctx, p.Create, true)
 	if err != nil {
 		return nil, err
 	}

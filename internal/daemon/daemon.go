@@ -67,7 +67,7 @@ func mainWith(args []string, newDriver func() (vmm.Driver, error)) int {
 		err = oneCall(newDriver)
 	case len(args) == 2 && verb == "serve":
 		closeOnExec()
-		if err = serve(newDriver); err != nil {
+		if err = serve(newDriver, api.Ready); err != nil {
 			api.Ready(err)
 		}
 	case len(args) == 3 && verb == "supervise":

@@ -50,6 +50,8 @@ func TestMain(m *testing.M) {
 		os.Exit(mainWith(os.Args, fakeDriver))
 	case filepath.Base(os.Args[0]) == api.DaemonProgram:
 		os.Exit(Main(os.Args))
+	case len(os.Args) == 3 && os.Args[1] == "supervise": // a daemon inside a test starts this program
+		os.Exit(mainWith(os.Args, fakeDriver))
 	case os.Getenv(companionsEnv) != "":
 		os.Exit(m.Run())
 	}

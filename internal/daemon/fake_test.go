@@ -117,7 +117,12 @@ func fakeGuest(g *vmmtest.FakeGuest, _ uint32, conn net.Conn) {
 		case "sleep": // until it is cut off
 			wire.WriteFrame(conn, wire.FrameStdout, []byte("asleep\n"))
 			for {
-				if _, err := wire.ReadFrame(conn, nil); err != nil {
+				f, err := wire.ReadFrame(conn, nil)
+				if err != nil {
+					return
+				}
+				if f.Type == wire.FrameSignal && string(f.Payload) == "TERM" {
+					exit(143)
 					return
 				}
 			}

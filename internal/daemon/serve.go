@@ -60,8 +60,8 @@ type resident struct {
 }
 
 // serve is the program `bangerd serve`. It returns when it is idle, asked to
-// go, or another daemon is there already.
-func serve(newDriver func() (vmm.Driver, error)) error {
+// go, or another daemon is there already. ready is told once it takes calls.
+func serve(newDriver func() (vmm.Driver, error), ready func(error)) error {
 	if text := os.Getenv(idleEnv); text != "" {
 		d, err := time.ParseDuration(text)
 		if err != nil || d <= 0 {
@@ -104,7 +104,7 @@ func serve(newDriver func() (vmm.Driver, error)) error {
 		}
 	}
 	r.l = l
-	api.Ready(nil)
+	ready(nil)
 	log.Printf("bangerd %s: %d VMs", Version, r.m.count())
 
 	socket := filepath.Join(dir, store.DaemonSocket)

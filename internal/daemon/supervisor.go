@@ -7,10 +7,13 @@ import (
 	"fmt"
 	"net"
 	"os"
+	"os/signal"
 	"path/filepath"
 	"slices"
 	"strconv"
+	"strings"
 	"sync"
+	"syscall"
 	"time"
 
 	"banger"
@@ -68,6 +71,9 @@ type supervisor struct {
 	leased chan struct{}
 	lease  sync.Once
 	over   chan struct{} // closed when the VM is at rest
+
+	mu   sync.Mutex
+	main *vm.Session // of the main command, while it runs
 
 	work sync.WaitGroup // sessions and calls
 }
@@ -142,6 +148,14 @@ func supervise(id string, newDriver func() (vmm.Driver, error)) error {
 		}
 	})
 	go sup.accept(ctx, l)
+	// Whoever ends this process in an orderly way ends the VM so.
+	signals := make(chan os.Signal, 1)
+	signal.Notify(signals, syscall.SIGTERM, syscall.SIGINT, syscall.SIGHUP)
+	go func() {
+		for range signals {
+			sup.stop(ctx)
+		}
+	}()
 	if err := <-started; err == nil {
 		sup.live(ctx)
 	}
@@ -291,7 +305,7 @@ func (sup *supervisor) start(ctx context.Context, c *api.Call) error {
 // live is the VM's life from its first boot to its rest.
 func (sup *supervisor) live(ctx context.Context) {
 	if len(sup.rec.Main) > 0 && !sup.bare {
-		sup.work.Go(func() { sup.main(ctx) })
+		sup.work.Go(func() { sup.runMain(ctx) })
 	}
 	if sup.bare {
 		go func() {
@@ -351,8 +365,7 @@ func (sup *supervisor) routes() map[string]api.Handler {
 				stopCtx, cancel = context.WithTimeout(stopCtx, time.Duration(p.TimeoutMs)*time.Millisecond)
 				defer cancel()
 			}
-			_, err := sup.v.Stop(stopCtx)
-			return err
+			return sup.stop(stopCtx)
 		}),
 		supervisorState:  func(context.Context, *api.Call) (any, error) { return sup.v.State(), nil },
 		supervisorKill:   plain(func(context.Context, *api.Call) error { return sup.v.Kill() }),
@@ -401,13 +414,48 @@ func (sup *supervisor) exec(ctx context.Context, c *api.Call) (any, error) {
 	return api.ExecResult{Exit: exit}, err
 }
 
-// main runs the main command again for every boot, keeps what it says and how
+// mainStopLimit is what the main command gets to end by its own signal, of the
+// time that a stop has.
+const mainStopLimit = 5 * time.Second
+
+// stop gives the main command its stop signal, as its image says it wants to
+// be ended, and then ends the VM.
+func (sup *supervisor) stop(ctx context.Context) error {
+	sup.mu.Lock()
+	main := sup.main
+	sup.mu.Unlock()
+	if main != nil && sup.v.State() == banger.StateRunning {
+		name := strings.TrimPrefix(strings.ToUpper(sup.rec.Config.StopSignal), "SIG")
+		if !slices.Contains(wire.Signals, name) {
+			name = "TERM"
+		}
+		limit, cancel := context.WithTimeout(ctx, mainStopLimit)
+		defer cancel()
+		if main.Send(wire.Frame{Type: wire.FrameSignal, Payload: []byte(name)}) == nil {
+			for sup.running(main) && limit.Err() == nil {
+				select {
+				case <-time.After(10 * time.Millisecond):
+				case <-limit.Done():
+				}
+			}
+		}
+	}
+	_, err := sup.v.Stop(ctx)
+	return err
+}
+
+func (sup *supervisor) running(s *vm.Session) bool {
+	sup.mu.Lock()
+	defer sup.mu.Unlock()
+	return sup.main == s
+}
+
+// runMain runs the main command again for every boot, keeps what it says and how
 // it ended, and stops the VM when it has ended by itself.
-func (sup *supervisor) main(ctx context.Context) {
+func (sup *supervisor) runMain(ctx context.Context) {
 	for ctx.Err() == nil {
-		code, err := sup.mainOnce(ctx)
+		err := sup.mainOnce(ctx)
 		if err == nil {
-			sup.v.SetExit(code)
 			sup.v.Stop(context.Background())
 			return
 		}
@@ -426,16 +474,24 @@ func (sup *supervisor) main(ctx context.Context) {
 	}
 }
 
-func (sup *supervisor) mainOnce(ctx context.Context) (code int, err error) {
+func (sup *supervisor) mainOnce(ctx context.Context) error {
 	s, err := sup.v.Exec(ctx, fill(wire.Exec{Args: sup.rec.Main}, sup.rec.Config))
 	if err != nil {
-		return 0, err
+		return err
 	}
 	defer s.Close()
+	sup.mu.Lock()
+	sup.main = s
+	sup.mu.Unlock()
+	defer func() {
+		sup.mu.Lock()
+		sup.main = nil
+		sup.mu.Unlock()
+	}()
 	for {
 		f, err := s.Recv()
 		if err != nil {
-			return 0, err
+			return err
 		}
 		switch f.Type {
 		case wire.FrameStdout, wire.FrameStderr:
@@ -443,7 +499,10 @@ func (sup *supervisor) mainOnce(ctx context.Context) (code int, err error) {
 		case wire.FrameExit:
 			var exit wire.Exit
 			err := json.Unmarshal(f.Payload, &exit)
-			return exit.Code, err
+			if err == nil {
+				sup.v.SetExit(exit.Code) // before anybody is told that it has ended
+			}
+			return err
 		}
 	}
 }

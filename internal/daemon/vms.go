@@ -185,7 +185,7 @@ func (m *manager) takeUp(id string) error {
 			e.leaving++
 		}
 		go m.adopt(e)
-	case vm.IsRemoving(m.store, id), e.rec.Ephemeral:
+	case vm.IsRemoving(m.store, id), e.rec.Ephemeral && (e.rec.OfRun || e.life.State != banger.StateCreated):
 		if _, err := vm.Settle(m.store, id, &e.life); err != nil {
 			return err
 		}
@@ -416,7 +416,7 @@ func (m *manager) reserve(ctx context.Context, name string) (*entry, string, err
 
 // make makes a VM: the name first, then the disks with the records in one
 // step, and the VM can be found. Whatever fails, nothing of it is left.
-func (m *manager) make(ctx context.Context, p api.CreateParams) (e *entry, err error) {
+func (m *manager) make(ctx context.Context, p api.CreateParams, ofRun bool) (e *entry, err error) {
 	if p.Name != "" {
 		if err := vm.CheckName(p.Name); err != nil {
 			return nil, err
@@ -457,7 +457,7 @@ func (m *manager) make(ctx context.Context, p api.CreateParams) (e *entry, err e
 		spec.Hostname = p.Name
 	}
 	e.rec = vm.Record{
-		ID: e.id, Name: name, Ephemeral: p.Ephemeral, Spec: vm.Complete(spec, e.id),
+		ID: e.id, Name: name, Ephemeral: p.Ephemeral, OfRun: ofRun, Spec: vm.Complete(spec, e.id),
 		ImageID: im.ID, RootUUID: fmt.Sprintf("%x", im.UUID), Kernel: k.Version,
 		Config: im.Config, Main: mainOf(im.Config, spec),
 	}

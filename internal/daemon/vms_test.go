@@ -115,6 +115,16 @@ func TestGuestsEnd(t *testing.T) {
 		}
 		w.atRest("dev")
 	}
+	// A supervisor that is asked to end ends the VM in order.
+	w.do(api.MethodStart, "dev")
+	for _, pid := range w.processes("supervise") {
+		syscall.Kill(pid, syscall.SIGTERM)
+	}
+	w.until("it stops", func() bool { return vm.Rests(w.list()["dev"].State) })
+	if v := w.list()["dev"]; v.State != banger.StateStopped || v.Reason != "" {
+		t.Errorf("SIGTERM: %s, %q", v.State, v.Reason)
+	}
+	w.atRest("dev")
 	// A reset starts it again; one too many does not.
 	w.do(api.MethodStart, "dev")
 	first := w.processes("supervise")
@@ -192,7 +202,9 @@ func TestMainCommand(t *testing.T) {
 		v := w.list()["long"]
 		return v.State == banger.StateRunning && v.PID != before && read(api.LogParams{Name: "long"}) == "asleep\nasleep\n"
 	})
-	w.do(api.MethodStop, "long")
+	if v := w.do(api.MethodStop, "long"); v.State != banger.StateStopped || v.ExitCode == nil || *v.ExitCode != 143 {
+		t.Errorf("stopped: %+v", v)
+	}
 	if got := <-followed; got != "asleep\nasleep\n" {
 		t.Errorf("followed: %q", got)
 	}
@@ -435,7 +447,13 @@ func TestStartUp(t *testing.T) {
 	leaving := w.create("leaving", banger.Spec{})
 	w.do(api.MethodStart, "leaving")
 	w.must(api.MethodCreate, api.CreateParams{Name: "ephemeral", Ephemeral: true, Prepared: w.prep}, nil)
+	w.must(api.MethodCreate, api.CreateParams{Name: "not-yet", Ephemeral: true, Prepared: w.prep}, nil)
+	w.do(api.MethodStart, "ephemeral")
 	w.killDaemon()
+	for _, pid := range w.processes("supervise") {
+		syscall.Kill(pid, syscall.SIGKILL)
+	}
+	w.until("no supervisor", func() bool { return len(w.processes("supervise")) == 0 })
 	if err := vm.MarkRemoving(w.s, leaving.ID); err != nil {
 		t.Fatal(err)
 	}
@@ -459,7 +477,7 @@ func TestStartUp(t *testing.T) {
 			t.Errorf("nobody was told of %q: %q", want, said)
 		}
 	}
-	w.atRest("kept")
+	w.atRest("kept", "not-yet")
 	if v := w.list()["kept"]; v.ID != kept.ID || v.State != banger.StateCreated {
 		t.Errorf("kept: %+v", v)
 	}
@@ -697,4 +715,49 @@ func TestDaemonGoes(t *testing.T) {
 	}
 	w.must(api.MethodRemove, api.VMParams{Name: "dev", Force: true}, nil)
 	w.atRest()
+}
+
+// Where systemd's user manager is, a supervisor gets a scope of its own; where
+// it only seems to be, a session of its own.
+func TestScope(t *testing.T) {
+	for _, works := range []bool{true, false} {
+		t.Run(fmt.Sprint(works), func(t *testing.T) {
+			w := newWorld(t, 0)
+			run, bin := t.TempDir(), t.TempDir()
+			t.Setenv("XDG_RUNTIME_DIR", run)
+			t.Setenv("PATH", bin+":"+os.Getenv("PATH"))
+			if err := os.MkdirAll(filepath.Join(run, "systemd"), 0o700); err != nil {
+				t.Fatal(err)
+			}
+			script := "#!/bin/sh\necho \"$*\" >> " + bin + "/args\n"
+			if works {
+				script += `while [ "$1" != -- ]; do shift; done; shift; exec "$@"`
+			} else {
+				script += "echo no bus >&2; exit 1"
+			}
+			for path, text := range map[string]string{run + "/systemd/private": "", bin + "/systemd-run": script + "\n"} {
+				if err := os.WriteFile(path, []byte(text), 0o700); err != nil {
+					t.Fatal(err)
+				}
+			}
+			v := w.create("dev", banger.Spec{MemoryBytes: 512 << 20})
+			w.do(api.MethodStart, "dev")
+			args, err := os.ReadFile(bin + "/args")
+			want := fmt.Sprintf("--user --scope --quiet --collect --unit=banger-%s --property=MemoryMax=%d --property=TasksMax=1024 -- ", v.ID, 512<<20+vmOverheadBytes)
+			if err != nil || !strings.HasPrefix(string(args), want) || !strings.HasSuffix(string(args), " supervise "+v.ID+"\n") {
+				t.Errorf("it was called with %q, %v; want %q", args, err, want)
+			}
+			pids := w.processes("supervise")
+			if len(pids) != 1 {
+				t.Fatalf("supervisors: %v\n%s", pids, w.log())
+			}
+			// Either way it is no part of the daemon's session.
+			mine, err := syscall.Getpgid(pids[0])
+			if err != nil || mine != pids[0] {
+				t.Errorf("its process group is %d, %v; it is %d", mine, err, pids[0])
+			}
+			w.do(api.MethodStop, "dev")
+			w.atRest("dev")
+		})
+	}
 }

@@ -26,6 +26,7 @@ type Record struct {
 	ID        string             `json:"id"`
 	Name      string             `json:"name"`
 	Ephemeral bool               `json:"ephemeral"` // it goes when it stops
+	OfRun     bool               `json:"of_run"`    // it was made for one session
 	Spec      banger.Spec        `json:"spec"`      // complete
 	ImageID   string             `json:"image_id"`  // the one base its overlay disk fits
 	RootUUID  string             `json:"root_uuid"` // of the base's file system
