@@ -370,7 +370,8 @@ func (s *session) run(machine *machineFlags, p api.RunParams) (err error) {
 	}
 	theirs.Close()
 	code, err := s.converse(ctx, ours)
-	if daemon.Send(wire.FrameStdinEOF, nil) != nil || errors.Is(<-over, api.ErrGone) {
+	daemon.Send(wire.FrameStdinEOF, nil)
+	if runErr := <-over; errors.Is(runErr, api.ErrGone) || banger.CodeOf(runErr) == banger.CodeUnavailable {
 		// The daemon went away meanwhile: what it had still to do is left.
 		if cleanErr := s.cleanUp(vm); err == nil {
 			err = cleanErr

@@ -119,6 +119,10 @@ func (m *manager) attachCall(ctx context.Context, c *api.Call, e *entry, p api.V
 	return m.ask(ctx, e, supervisorServe, serveParams{}, []*os.File{f})
 }
 
+// errRetiring ends the daemon's part of a run: the daemon goes, and the session
+// stays. What is left to do at its end is the client's.
+var errRetiring = banger.Errorf(banger.CodeUnavailable, "daemon: it makes way for another")
+
 // run makes a VM that lives as long as one session of the client's, on the
 // connection in the call's file. The daemon hands that to the supervisor, so
 // the session outlives the daemon.
@@ -161,11 +165,13 @@ func (m *manager) run(ctx context.Context, c *api.Call) (any, error) {
 				waiting = false
 			case <-ctx.Done():
 				waiting = false
+			case <-m.retiring.Done():
+				return nil, errRetiring
 			}
 		}
 	}
 	if m.ctx.Err() != nil {
-		return nil, context.Cause(m.ctx) // the daemon goes, the session stays
+		return nil, errRetiring
 	}
 	// What was asked for is over: whoever asked may be gone.
 	after := context.WithoutCancel(ctx)
@@ -173,7 +179,7 @@ func (m *manager) run(ctx context.Context, c *api.Call) (any, error) {
 	stopErr := m.stop(after, e, -1)
 	t.next("stop")
 	if e.rec.Ephemeral {
-		if rmErr := m.removeNow(after, e); rmErr != nil && banger.CodeOf(rmErr) != banger.CodeNotFound {
+		if rmErr := m.removeNow(after, e, true); rmErr != nil && banger.CodeOf(rmErr) != banger.CodeNotFound {
 			stopErr = errors.Join(stopErr, rmErr)
 		}
 	}

@@ -196,6 +196,9 @@ func (c *chaos) step(t *testing.T, m *modelVM, rng *rand.Rand) (alive bool) {
 		return cut < 0
 	}
 	if disturbed {
+		if op == "create" {
+			m.id = "" // it may be another one now
+		}
 		if after == runs && !m.can(rests) && !m.can(runs) {
 			return cut < 0 // there was nothing to start
 		}

@@ -155,7 +155,11 @@ const worldImage = "aabb00000001"
 // the number of the process.
 func newWorld(t testing.TB, failAt int) *world {
 	t.Helper()
-	home := filepath.Join(t.TempDir(), "state")
+	return newWorldIn(t, filepath.Join(t.TempDir(), "state"), failAt)
+}
+
+func newWorldIn(t testing.TB, home string, failAt int) *world {
+	t.Helper()
 	t.Setenv("BANGER_HOME", home)
 	t.Setenv(fakeEnv, strconv.Itoa(failAt))
 	t.Setenv(idleEnv, "1m")
@@ -167,22 +171,25 @@ func newWorld(t testing.TB, failAt int) *world {
 	}
 	w := &world{t: t, home: home, s: s}
 	w.plant(s)
-	t.Cleanup(func() {
-		for end := time.Now().Add(20 * time.Second); ; time.Sleep(10 * time.Millisecond) {
-			all := w.processes("")
-			if len(all) == 0 {
-				return
-			}
-			if time.Now().After(end) {
-				t.Errorf("processes that do not end: %v", all)
-				return
-			}
-			for _, pid := range all {
-				syscall.Kill(pid, syscall.SIGKILL)
-			}
-		}
-	})
+	t.Cleanup(w.end)
 	return w
+}
+
+// end ends whatever runs for this state folder.
+func (w *world) end() {
+	for end := time.Now().Add(20 * time.Second); ; time.Sleep(10 * time.Millisecond) {
+		all := w.processes("")
+		if len(all) == 0 {
+			return
+		}
+		if time.Now().After(end) {
+			w.t.Errorf("processes that do not end: %v", all)
+			return
+		}
+		for _, pid := range all {
+			syscall.Kill(pid, syscall.SIGKILL)
+		}
+	}
 }
 
 // plant puts what VMs are made of into the store, as if it had been pulled.

@@ -21,10 +21,11 @@ import (
 	"banger/internal/vmm"
 )
 
-// Limits of the resident daemon.
-var (
-	// idleLimit is how long it stays with nothing to do. VMs need no daemon.
-	idleLimit = 5 * time.Minute
+// idleLimit is how long the resident daemon stays with nothing to do. VMs need
+// no daemon.
+var idleLimit = 5 * time.Minute
+
+const (
 	// lockLimit is how long it waits for the one before it to end.
 	lockLimit = 20 * time.Second
 	// retireLimit is what calls get to end when the daemon is to go. A session
@@ -33,9 +34,7 @@ var (
 	// tick is how often the daemon looks whether its socket is still there and
 	// whether it is idle.
 	tick = time.Second
-)
 
-const (
 	// idleEnv is the idle limit of a daemon as a Go duration.
 	idleEnv = "BANGER_IDLE"
 	// daemonLock is the lock of the one daemon of a state folder.
@@ -47,8 +46,8 @@ const (
 // A resident is the daemon that stays: the one writer of what VMs there are.
 type resident struct {
 	daemon
-	m *manager
-	l *net.UnixListener
+	m     *manager
+	given bool // the socket is systemd's
 
 	ctx    context.Context
 	end    context.CancelFunc // of calls that outstay their time
@@ -73,8 +72,7 @@ func serve(newDriver func() (vmm.Driver, error), ready func(error)) error {
 	if err != nil {
 		return err
 	}
-	given := l != nil
-	r := &resident{daemon: daemon{newDriver: newDriver}}
+	r := &resident{daemon: daemon{newDriver: newDriver}, given: l != nil}
 	rooms, err := r.open()
 	if err != nil {
 		return err
@@ -83,7 +81,7 @@ func serve(newDriver func() (vmm.Driver, error), ready func(error)) error {
 	if st, err := os.Stat(filepath.Join(dir, store.DaemonLog)); err == nil && st.Size() > maxDaemonLogBytes {
 		os.Truncate(filepath.Join(dir, store.DaemonLog), 0)
 	}
-	unlock, err := r.lock(rooms.store, dir, given)
+	unlock, err := r.lock(rooms.store, dir)
 	if unlock == nil {
 		return err
 	}
@@ -95,15 +93,14 @@ func serve(newDriver func() (vmm.Driver, error), ready func(error)) error {
 	defer r.retire()
 	r.ctx, r.end = context.WithCancel(context.Background())
 	defer r.end()
-	if r.m, err = newManager(r.ctx, rooms); err != nil {
+	if r.m, err = newManager(r.ctx, stopCtx, rooms); err != nil {
 		return err
 	}
-	if !given {
+	if !r.given {
 		if l, err = api.Listen(dir, store.DaemonSocket); err != nil {
 			return err
 		}
 	}
-	r.l = l
 	ready(nil)
 	log.Printf("bangerd %s: %d VMs", Version, r.m.count())
 
@@ -133,7 +130,7 @@ func serve(newDriver func() (vmm.Driver, error), ready func(error)) error {
 		case err == nil && !os.SameFile(mine, now):
 			log.Printf("%s is another's now", socket)
 			r.retire()
-		case err != nil && !given:
+		case err != nil && !r.given:
 			// It was removed from under us: make it anew.
 			if err := os.MkdirAll(dir, 0o700); err != nil {
 				return err
@@ -143,7 +140,7 @@ func serve(newDriver func() (vmm.Driver, error), ready func(error)) error {
 				return err
 			}
 			l.Close()
-			l, r.l = fresh, fresh
+			l = fresh
 			if mine, err = os.Lstat(socket); err != nil {
 				return err
 			}
@@ -152,10 +149,10 @@ func serve(newDriver func() (vmm.Driver, error), ready func(error)) error {
 		}
 	}
 	// Nobody new can come; whoever came before this is served.
-	if now, err := os.Lstat(socket); err == nil && !given && os.SameFile(mine, now) {
+	if now, err := os.Lstat(socket); err == nil && !r.given && os.SameFile(mine, now) {
 		os.Remove(socket)
 	}
-	for !given {
+	for !r.given {
 		l.SetDeadline(time.Now().Add(time.Millisecond))
 		conn, err := l.AcceptUnix()
 		if err != nil {
@@ -177,7 +174,7 @@ func serve(newDriver func() (vmm.Driver, error), ready func(error)) error {
 
 // lock takes the lock of the one daemon. A nil unlock without an error means
 // that another daemon takes calls, so that this one has nothing to do.
-func (r *resident) lock(s *store.Store, dir string, given bool) (unlock func(), err error) {
+func (r *resident) lock(s *store.Store, dir string) (unlock func(), err error) {
 	for end := time.Now().Add(lockLimit); ; {
 		ctx, cancel := context.WithTimeout(context.Background(), 100*time.Millisecond)
 		unlock, err := s.Lock(ctx, daemonLock)
@@ -188,7 +185,7 @@ func (r *resident) lock(s *store.Store, dir string, given bool) (unlock func(), 
 		if !errors.Is(err, context.DeadlineExceeded) {
 			return nil, err
 		}
-		if !given {
+		if !r.given {
 			if conn, err := api.Dial(dir, store.DaemonSocket); err == nil {
 				conn.Close()
 				return nil, nil
@@ -249,7 +246,9 @@ func (r *resident) hello(ctx context.Context, c *api.Call) (any, error) {
 	}
 	if p.Version != "" && p.Version != Version {
 		log.Printf("a client is of release %q: making way", p.Version)
-		os.Remove(filepath.Join(store.Run(r.m.store.Root()), store.DaemonSocket))
+		if !r.given { // else systemd starts the next one by it
+			os.Remove(filepath.Join(store.Run(r.m.store.Root()), store.DaemonSocket))
+		}
 		r.retire()
 	}
 	return api.Hello{Version: Version}, nil

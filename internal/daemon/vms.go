@@ -43,7 +43,8 @@ const (
 // supervisor to settle it.
 type manager struct {
 	*rooms
-	ctx context.Context // ends with the daemon
+	ctx      context.Context // ends with the daemon
+	retiring context.Context // ends when the daemon is asked to go
 
 	mu     sync.Mutex
 	byID   map[string]*entry
@@ -94,8 +95,8 @@ func (e *entry) name() string {
 
 // newManager reads all records, takes up the VMs that run, and finishes or
 // undoes what was under way when the daemon before this one ended.
-func newManager(ctx context.Context, r *rooms) (*manager, error) {
-	m := &manager{rooms: r, ctx: ctx, byID: map[string]*entry{}, byName: map[string]*entry{}}
+func newManager(ctx, retiring context.Context, r *rooms) (*manager, error) {
+	m := &manager{rooms: r, ctx: ctx, retiring: retiring, byID: map[string]*entry{}, byName: map[string]*entry{}}
 	for _, what := range r.store.Swept() {
 		if rest, ok := strings.CutPrefix(what, "tmp/vm-"); ok && len(rest) >= 12 {
 			m.note("VM %s: its creation had not ended and was undone", rest[:12])
@@ -232,7 +233,7 @@ func (m *manager) drop(e *entry) error {
 func (m *manager) adopt(e *entry) {
 	if e.leaving > 0 {
 		go func() {
-			if err := m.removeNow(m.ctx, e); err == nil {
+			if err := m.removeNow(m.ctx, e, true); err == nil {
 				m.note("VM %s: its removal had not ended and was finished", e.rec.Name)
 			}
 		}()
@@ -323,7 +324,7 @@ func (m *manager) settled(e *entry) {
 	e.mu.Unlock()
 	close(rested)
 	if ephemeral {
-		if err := m.removeNow(m.ctx, e); err != nil && banger.CodeOf(err) != banger.CodeNotFound && m.ctx.Err() == nil {
+		if err := m.removeNow(m.ctx, e, true); err != nil && banger.CodeOf(err) != banger.CodeNotFound && m.ctx.Err() == nil {
 			log.Printf("VM %s: %v", e.rec.Name, err)
 		}
 	}
@@ -712,16 +713,15 @@ func (m *manager) remove(ctx context.Context, e *entry, force bool) error {
 		return banger.Errorf(banger.CodeConflict, "VM %s: it is %s", e.name(), life.State).
 			WithHint("stop it first, or `banger rm -f %s` does both", e.name())
 	}
-	return m.removeNow(ctx, e)
+	return m.removeNow(ctx, e, force)
 }
 
-// removeNow ends a VM that runs, and deletes it. From here on nobody finds it;
-// if it cannot be done after all, it is there again. Who comes second waits
-// for the first.
-func (m *manager) removeNow(ctx context.Context, e *entry) (err error) {
+// removeNow deletes a VM, and ends it first if it runs and force allows that.
+// From here on nobody finds it; if it cannot be done after all, it is there
+// again. Who comes second waits for the first.
+func (m *manager) removeNow(ctx context.Context, e *entry, force bool) (err error) {
 	e.mu.Lock()
-	e.leaving++
-	running := e.rested != nil
+	e.leaving++ // nothing starts it from here on, but for what has begun already
 	e.mu.Unlock()
 	defer func() {
 		if err != nil {
@@ -730,16 +730,25 @@ func (m *manager) removeNow(ctx context.Context, e *entry) (err error) {
 			e.mu.Unlock()
 		}
 	}()
-	if running {
-		if err := vm.MarkRemoving(m.store, e.id); err != nil && !errors.Is(err, fs.ErrNotExist) {
+	for {
+		if _, rested := m.look(e); rested != nil {
+			if !force {
+				return banger.Errorf(banger.CodeConflict, "VM %s: it was started meanwhile", e.name())
+			}
+			if err := vm.MarkRemoving(m.store, e.id); err != nil && !errors.Is(err, fs.ErrNotExist) {
+				return err
+			}
+			if err := m.kill(ctx, e); err != nil {
+				return errors.Join(err, vm.UnmarkRemoving(m.store, e.id))
+			}
+		}
+		if err := e.lock(ctx); err != nil {
 			return err
 		}
-		if err := m.kill(ctx, e); err != nil {
-			return errors.Join(err, vm.UnmarkRemoving(m.store, e.id))
+		if _, rested := m.look(e); rested == nil {
+			break
 		}
-	}
-	if err := e.lock(ctx); err != nil {
-		return err
+		e.unlock()
 	}
 	defer e.unlock()
 	m.mu.Lock()
@@ -747,9 +756,6 @@ func (m *manager) removeNow(ctx context.Context, e *entry) (err error) {
 	m.mu.Unlock()
 	if !there {
 		return banger.Errorf(banger.CodeNotFound, "VM %q: it was removed", e.name())
-	}
-	if _, rested := m.look(e); rested != nil {
-		return banger.Errorf(banger.CodeConflict, "VM %s: it was started meanwhile", e.name())
 	}
 	hold, err := m.holdResting(ctx, e)
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {

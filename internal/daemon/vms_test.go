@@ -7,12 +7,15 @@ import (
 	"io/fs"
 	"net"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"sync"
 	"syscall"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"banger"
 	"banger/internal/api"
@@ -760,4 +763,135 @@ func TestScope(t *testing.T) {
 			w.atRest("dev")
 		})
 	}
+}
+
+// A socket that systemd listens on is served, and left to it.
+func TestSocketActivation(t *testing.T) {
+	w := newWorld(t, 0)
+	t.Setenv(idleEnv, "300ms")
+	if err := os.MkdirAll(store.Run(w.home), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	l, err := api.Listen(store.Run(w.home), store.DaemonSocket)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	socket, err := l.File()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer socket.Close()
+	program, err := api.Companion(api.DaemonProgram)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for range 2 { // the second time it is started anew, with the same socket
+		cmd := exec.Command("sh", "-c", "LISTEN_PID=$$ LISTEN_FDS=1 exec "+program+" serve")
+		cmd.ExtraFiles = []*os.File{socket}
+		if err := cmd.Start(); err != nil {
+			t.Fatal(err)
+		}
+		if got := len(w.list()); got != 0 {
+			t.Errorf("%d VMs", got)
+		}
+		if pids := w.processes("serve"); len(pids) != 1 || pids[0] != cmd.Process.Pid {
+			t.Errorf("daemons %v, started %d", pids, cmd.Process.Pid)
+		}
+		if err := cmd.Wait(); err != nil { // it is idle
+			t.Error(err)
+		}
+		if _, err := os.Lstat(filepath.Join(store.Run(w.home), store.DaemonSocket)); err != nil {
+			t.Errorf("the socket is systemd's: %v", err)
+		}
+	}
+}
+
+// On a full disk nothing new is made and nothing is lost; what runs can be
+// stopped, and what is there removed.
+func TestFullDisk(t *testing.T) {
+	small := t.TempDir()
+	if err := unix.Mount("tmpfs", small, "tmpfs", 0, "size=4m,mode=0700"); err != nil {
+		if os.Getenv("CI") != "" {
+			t.Fatalf("cannot test: a small tmpfs: %v", err)
+		}
+		t.Skipf("NOT TESTED: a small tmpfs: %v", err)
+	}
+	w := newWorldIn(t, filepath.Join(small, "state"), 0)
+	defer func() { // after the processes, which hold it
+		w.end()
+		unix.Unmount(small, unix.MNT_DETACH)
+	}()
+	w.create("runs", banger.Spec{})
+	w.do(api.MethodStart, "runs")
+	w.create("rests", banger.Spec{})
+	ballast, err := os.Create(filepath.Join(small, "ballast"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for block := make([]byte, 4096); err == nil; {
+		_, err = ballast.Write(block)
+	}
+	ballast.Close()
+	if !errors.Is(err, unix.ENOSPC) {
+		t.Fatal(err)
+	}
+	wantCode(t, w.call(api.MethodCreate, api.CreateParams{Name: "new", Prepared: w.prep}, nil), banger.CodeNoSpace)
+	if err := w.call(api.MethodStart, api.VMParams{Name: "rests"}, nil); err == nil {
+		t.Error("a start that cannot be recorded")
+	}
+	if v := w.list(); len(v) != 2 || v["runs"].State != banger.StateRunning || v["rests"].State != banger.StateCreated {
+		t.Errorf("there are %+v", v)
+	}
+	w.killDaemon()
+	if v := w.list(); len(v) != 2 || v["runs"].State != banger.StateRunning || v["rests"].State != banger.StateCreated {
+		t.Errorf("a new daemon finds %+v", v)
+	}
+	w.do(api.MethodStop, "runs")
+	w.until("nothing runs", func() bool { return len(w.processes("supervise")) == 0 && len(w.processes("sleep")) == 0 })
+	if v := w.list()["runs"]; !vm.Rests(v.State) {
+		t.Errorf("stopped: %+v", v)
+	}
+	w.do(api.MethodRemove, "rests")
+	w.do(api.MethodRemove, "runs")
+	w.atRest()
+	if err := os.Remove(ballast.Name()); err != nil {
+		t.Fatal(err)
+	}
+	w.create("new", banger.Spec{})
+	w.do(api.MethodStart, "new")
+	w.must(api.MethodRemove, api.VMParams{Name: "new", Force: true}, nil)
+	w.atRest()
+}
+
+// A daemon that is asked to go goes at once, whatever sessions there are.
+func TestRetireUnderASession(t *testing.T) {
+	w := newWorld(t, 0)
+	up, over, conn, _ := w.runVM(t.Context(), "", true)
+	v := <-up
+	client := api.NewClient(conn)
+	asleep, ended := make(chan bool, 1), make(chan error, 1)
+	go func() {
+		ended <- client.Call(t.Context(), api.MethodExec, api.ExecParams{Session: wire.Exec{Args: []string{"sleep"}}}, nil, &api.ExecResult{}, nil,
+			func(wire.Frame) error { asleep <- true; return nil })
+	}()
+	<-asleep
+	began := time.Now()
+	for _, pid := range w.processes("serve") {
+		syscall.Kill(pid, syscall.SIGTERM)
+	}
+	if err := <-over; banger.CodeOf(err) != banger.CodeUnavailable {
+		t.Errorf("the daemon's part: %v", err)
+	}
+	w.until("the daemon is gone", func() bool { return len(w.processes("serve")) == 0 })
+	if took := time.Since(began); took > retireLimit/2 {
+		t.Errorf("it took %v", took)
+	}
+	if got := w.list()[v.Name]; got.PID != v.PID {
+		t.Errorf("the next one finds %+v", got)
+	}
+	client.Cancel()
+	<-ended
+	w.until("the VM is gone", func() bool { w.list(); ids, err := w.s.VMIDs(); return err == nil && len(ids) == 0 })
+	w.atRest()
 }
