@@ -13,6 +13,7 @@ type Image struct {
 	Digest         *string     `json:"digest"`          // of the manifest; nil where there is none
 	BaseDigest     string      `json:"base_digest"`     // sha256 of the base image's bytes
 	Rootfs         string      `json:"rootfs"`          // path of the ext4 file
+	WorkSeed       string      `json:"work_seed"`       // path of the work seed; "" for an old image, which has none
 	SizeBytes      int64       `json:"size_bytes"`      // of the file system
 	AllocatedBytes int64       `json:"allocated_bytes"` // what it occupies on the host
 	Platform       string      `json:"platform"`

@@ -17,7 +17,10 @@ import (
 
 // File type bits of a mode, as in stat(2).
 const (
+	modeType    = 0o170000
 	modeRegular = 0o100000
+	modeDir     = 0o040000
+	modeChar    = 0o020000
 	modeSymlink = 0o120000
 )
 
@@ -64,8 +67,8 @@ type Built struct {
 	FetchEnd  time.Time
 }
 
-// Build streams an image into out, which must be empty, as one ext4 file
-// system. It neither fsyncs nor closes out; when it fails what is in out is
+// Build streams an image into out, which must be empty and open for reading
+// too, as one ext4 file system. It neither fsyncs nor closes out; when it fails what is in out is
 // worthless.
 func Build(ctx context.Context, img *oci.Image, out *os.File, opts BuildOptions) (*Built, error) {
 	if n := opts.SizeBytes; n != 0 && (n < ext4.MinImageBytes || n > maxBaseBytes) {
@@ -81,29 +84,21 @@ func Build(ctx context.Context, img *oci.Image, out *os.File, opts BuildOptions)
 	}
 	b := &Built{Image: img, FetchEnd: time.Now(), Notes: tree.Notes}
 	b.Identity = identity(img, tree.InputDigest)
+	var guest []guestFile
 	if opts.Agent != nil {
-		if err := putGuestFiles(tree, w, opts.Agent); err != nil {
+		if guest, err = guestFileList(opts.Agent); err != nil {
+			return nil, err
+		}
+		if _, err := putGuestFiles(tree, w, guest); err != nil {
 			return nil, err
 		}
 	}
 	if err := addTree(ctx, w, tree, b); err != nil {
 		return nil, err
 	}
-	// Two different halves of one hash: the UUID is shown to users, the seed
-	// is not.
-	copy(b.UUID[:], b.Identity[:16])
-	b.UUID[6] = b.UUID[6]&0x0f | 0x80 // version 8, RFC 9562 section 5.8
-	b.UUID[8] = b.UUID[8]&0x3f | 0x80
-	var seed [16]byte
-	copy(seed[:], b.Identity[16:])
-
-	params := ext4.Params{
-		SizeBytes: opts.SizeBytes,
-		UUID:      b.UUID,
-		HashSeed:  seed,
-		Label:     label,
-		Time:      epoch,
-	}
+	params := paramsOf(b.Identity, label)
+	params.SizeBytes = opts.SizeBytes
+	b.UUID = params.UUID
 	if params.SizeBytes == 0 {
 		least, err := w.MinSizeBytes(params)
 		if err != nil {
@@ -120,7 +115,23 @@ func Build(ctx context.Context, img *oci.Image, out *os.File, opts BuildOptions)
 		}
 		return nil, err
 	}
-	return b, nil
+	base, err := ext4.Open(out)
+	if err != nil {
+		return nil, fmt.Errorf("base image: read back: %w", err)
+	}
+	return b, checkGuestFiles(base, guest)
+}
+
+// paramsOf are those of a file system whose identity is a hash.
+func paramsOf(identity [32]byte, label string) ext4.Params {
+	p := ext4.Params{Label: label, Time: epoch}
+	// Two different halves of the hash: the UUID is shown to users, the seed
+	// is not.
+	copy(p.UUID[:], identity[:16])
+	p.UUID[6] = p.UUID[6]&0x0f | 0x80 // version 8, RFC 9562 section 5.8
+	p.UUID[8] = p.UUID[8]&0x3f | 0x80
+	copy(p.HashSeed[:], identity[16:])
+	return p
 }
 
 // addTree gives the merged tree to the writer. Nodes and inodes are in step:

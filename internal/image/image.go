@@ -20,6 +20,7 @@ import (
 	"time"
 
 	"banger"
+	"banger/ext4"
 	"banger/internal/oci"
 	"banger/internal/store"
 )
@@ -151,6 +152,12 @@ func (im *Images) load(id, name string) (*Image, error) {
 		return nil, fmt.Errorf("image %q: base image %s: %w", name, image.Rootfs, err)
 	}
 	image.SizeBytes, image.AllocatedBytes = st.Size, st.Blocks*512
+	seed := filepath.Join(dir, store.ImageWorkSeed)
+	if err := syscall.Stat(seed, &st); err == nil {
+		image.WorkSeed = seed
+	} else if !errors.Is(err, fs.ErrNotExist) { // bases of before there were any have none
+		return nil, fmt.Errorf("image %q: work seed %s: %w", name, seed, err)
+	}
 	return image, nil
 }
 
@@ -196,6 +203,11 @@ func (im *Images) Pull(ctx context.Context, src *oci.Source, ref oci.Reference, 
 	if name == "" {
 		return nil, banger.Errorf(banger.CodeUsage, "image %q: it has no name of its own", ref).
 			WithHint("give it one with --name")
+	}
+	if opts.Name != "" {
+		if err := checkName(opts.Name); err != nil {
+			return nil, err
+		}
 	}
 	step := func(what string, start time.Time) time.Time {
 		end := time.Now()
@@ -254,6 +266,24 @@ func (im *Images) Pull(ctx context.Context, src *oci.Source, ref oci.Reference, 
 		Created: time.Now().UTC().Truncate(time.Second), Config: img.Config,
 		Blobs: blobsOf(img), Notes: built.Notes,
 	}
+	base, err := ext4.Open(f)
+	if err != nil {
+		return nil, fmt.Errorf("base image: read back: %w", err)
+	}
+	if err := addSeed(ctx, tmp.Path, base, built.Identity); err != nil {
+		return nil, err
+	}
+	image, err := im.commit(ctx, tmp, f, r, name)
+	step("build", t)
+	return image, err
+}
+
+// commit makes what stands in tmp an image of the store, unless one of its id
+// is there already, and gives it a name. f is its base.
+func (im *Images) commit(ctx context.Context, tmp *store.Temp, f *os.File, r record, name string) (*Image, error) {
+	if _, err := os.Stat(im.s.Image(r.ID)); err == nil {
+		return im.name(ctx, name, r.ID)
+	}
 	// The base never changes from here on.
 	if err := f.Chmod(0o400); err != nil {
 		return nil, err
@@ -266,13 +296,14 @@ func (im *Images) Pull(ctx context.Context, src *oci.Source, ref oci.Reference, 
 	if err := im.ensureNames(ctx); err != nil {
 		return nil, err
 	}
-	if err := tmp.Commit(im.s.Image(id)); err != nil {
+	if err := tmp.Commit(im.s.Image(r.ID)); err != nil {
 		return nil, err
 	}
-	image, err := im.name(ctx, name, id)
-	step("build", t)
-	return image, err
+	return im.name(ctx, name, r.ID)
 }
+
+// isFull says whether an error means that a disk of this host is full.
+func isFull(err error) bool { return errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT) }
 
 // blobsOf lists the digests of all that an image was made from.
 func blobsOf(img *oci.Image) []string {

@@ -59,6 +59,9 @@ const (
 
 // ErrHeld is returned by HoldVM for a VM that somebody else holds.
 var ErrHeld = errors.New("it is held by another process")
+// ImageWorkSeed, in images/<id>/, is the file system that a new VM's work disk
+// is filled from.
+const ImageWorkSeed = "rootfs.work-seed.ext4"
 
 // DefaultRoot is the state folder of this user: BANGER_HOME, else
 // $XDG_DATA_HOME/banger, else ~/.local/share/banger.
