@@ -524,7 +524,7 @@ func fakeSession(ctx context.Context, c *api.Call) (any, error) {
 	if err := os.Mkdir(s.VM(id), 0o700); err != nil {
 		return nil, err
 	}
-	disks, err := vm.MakeDisks(s.VM(id))
+	disks, err := vm.MakeDisks(s.VM(id), "")
 	if err != nil {
 		return nil, err
 	}

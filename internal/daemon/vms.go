@@ -465,7 +465,7 @@ func (m *manager) make(ctx context.Context, p api.CreateParams, ofRun bool) (e *
 	if err := context.Cause(ctx); err != nil {
 		return nil, err
 	}
-	if err := vm.Create(m.store, &e.rec); err != nil {
+	if err := vm.Create(m.store, &e.rec, im.WorkSeed); err != nil {
 		return nil, err
 	}
 	if _, err := m.kernels.Get(k.Version); err != nil { // removed before the VM could be found

@@ -94,7 +94,7 @@ func TestChecks(t *testing.T) {
 	create := func(t *testing.T, s *store.Store) string {
 		t.Helper()
 		r := vm.Record{ID: store.NewID(), Name: "dev"}
-		if err := vm.Create(s, &r); err != nil {
+		if err := vm.Create(s, &r, ""); err != nil {
 			t.Fatal(err)
 		}
 		return r.ID
@@ -223,7 +223,7 @@ func TestNothingYet(t *testing.T) {
 func TestLooksBriefly(t *testing.T) {
 	h, s := healthy(t)
 	r := vm.Record{ID: store.NewID(), Name: "dev"}
-	if err := vm.Create(s, &r); err != nil {
+	if err := vm.Create(s, &r, ""); err != nil {
 		t.Fatal(err)
 	}
 	if err := vm.SaveLife(s, r.ID, vm.Life{State: banger.StateStarting}); err != nil {

@@ -59,6 +59,7 @@ const (
 
 // ErrHeld is returned by HoldVM for a VM that somebody else holds.
 var ErrHeld = errors.New("it is held by another process")
+
 // ImageWorkSeed, in images/<id>/, is the file system that a new VM's work disk
 // is filled from.
 const ImageWorkSeed = "rootfs.work-seed.ext4"

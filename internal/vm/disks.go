@@ -25,31 +25,33 @@ type Disks struct {
 	Work    string `json:"work"`
 }
 
-// MakeDisks makes the disks of a new VM in its folder. A disk that exists is
-// an error, and stays as it is.
-func MakeDisks(dir string) (d Disks, err error) {
-	for _, disk := range []struct {
-		uuid        *string
-		file, label string
-		sizeBytes   int64
-		mode        uint16
-	}{
-		{&d.Overlay, store.VMOverlay, "overlay", banger.DefaultOverlayDiskBytes, overlayDirMode},
-		{&d.Work, store.VMWork, "work", banger.DefaultWorkDiskBytes, workDirMode},
-	} {
-		uuid, err := createDisk(filepath.Join(dir, disk.file), disk.sizeBytes, disk.label, disk.mode)
-		if err != nil {
-			return d, fmt.Errorf("%s disk: %w", disk.label, err)
-		}
-		*disk.uuid = formatUUID(uuid)
+// MakeDisks makes the disks of a new VM in its folder; the work disk is filled
+// from workSeed, or empty where that is "". A disk that exists is an error, and
+// stays as it is.
+func MakeDisks(dir, workSeed string) (d Disks, err error) {
+	overlay, err := createDisk(filepath.Join(dir, store.VMOverlay), banger.DefaultOverlayDiskBytes, "overlay", overlayDirMode)
+	if err != nil {
+		return d, fmt.Errorf("overlay disk: %w", err)
 	}
-	return d, nil
+	work, err := createWorkDisk(filepath.Join(dir, store.VMWork), banger.DefaultWorkDiskBytes, workSeed)
+	if err != nil {
+		return d, fmt.Errorf("work disk: %w", err)
+	}
+	return Disks{Overlay: formatUUID(overlay), Work: formatUUID(work)}, nil
 }
 
 // createDisk makes an empty ext4 file system in a new sparse file of
 // sizeBytes and returns its UUID. The file is made durable; where anything
 // fails it is removed. It costs the same whatever the size.
 func createDisk(path string, sizeBytes int64, label string, rootMode uint16) (uuid [16]byte, err error) {
+	return newDisk(path, sizeBytes, label, func(f *os.File, p ext4.Params) error {
+		root := &ext4.Inode{Mode: rootMode, Atime: p.Time, Mtime: p.Time, Ctime: p.Time, Crtime: p.Time}
+		return ext4.Format(f, p, root)
+	})
+}
+
+// newDisk makes a file system in a new file, with write.
+func newDisk(path string, sizeBytes int64, label string, write func(*os.File, ext4.Params) error) (uuid [16]byte, err error) {
 	// Exclusive: a disk that exists is never made again in its place.
 	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o600)
 	if err != nil {
@@ -64,15 +66,13 @@ func createDisk(path string, sizeBytes int64, label string, rootMode uint16) (uu
 		}
 	}()
 	uuid = newUUID()
-	now := time.Now()
-	root := &ext4.Inode{Mode: rootMode, Atime: now, Mtime: now, Ctime: now, Crtime: now}
-	err = ext4.Format(f, ext4.Params{
+	err = write(f, ext4.Params{
 		SizeBytes: sizeBytes,
 		UUID:      uuid,
 		HashSeed:  newUUID(),
 		Label:     label,
-		Time:      now,
-	}, root)
+		Time:      time.Now(),
+	})
 	if err != nil {
 		return uuid, fmt.Errorf("%s: %w", path, err)
 	}

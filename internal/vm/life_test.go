@@ -276,7 +276,7 @@ func newStore(t testing.TB) *store.Store {
 func TestCreate(t *testing.T) {
 	s := newStore(t)
 	r := Record{ID: store.NewID(), Name: "dev", Spec: banger.Spec{CPUs: 3, Command: []string{"a", "\x1b"}}, ImageID: "aabb00000001", Main: []string{"m"}}
-	if err := Create(s, &r); err != nil {
+	if err := Create(s, &r, ""); err != nil {
 		t.Fatal(err)
 	}
 	got, life, err := Load(s, r.ID)
@@ -284,14 +284,14 @@ func TestCreate(t *testing.T) {
 		t.Errorf("read %+v, %+v, %v; want %+v", got, life, err, r)
 	}
 	again := Record{ID: r.ID, Name: "other"}
-	if err := Create(s, &again); !errors.Is(err, fs.ErrExist) {
+	if err := Create(s, &again, ""); !errors.Is(err, fs.ErrExist) {
 		t.Errorf("made again: %v", err)
 	}
 	if now, _, err := Load(s, r.ID); err != nil || !reflect.DeepEqual(now, r) {
 		t.Errorf("after that: %+v, %v", now, err)
 	}
 	for _, bad := range []Record{{ID: "x", Name: "dev"}, {ID: store.NewID(), Name: ""}, {ID: store.NewID(), Name: "../x"}} {
-		if err := Create(s, &bad); err == nil {
+		if err := Create(s, &bad, ""); err == nil {
 			t.Errorf("%+v was made", bad)
 		}
 	}
@@ -325,7 +325,7 @@ func TestNames(t *testing.T) {
 func TestSettleRecord(t *testing.T) {
 	s := newStore(t)
 	r := Record{ID: store.NewID(), Name: "dev"}
-	if err := Create(s, &r); err != nil {
+	if err := Create(s, &r, ""); err != nil {
 		t.Fatal(err)
 	}
 	child, err := os.StartProcess("/bin/sleep", []string{"sleep", "1000"}, &os.ProcAttr{})

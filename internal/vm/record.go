@@ -74,9 +74,9 @@ func CheckName(name string) error {
 }
 
 // Create makes a VM: its disks and its records, in a folder of its own that
-// appears under the VM's id as a whole or not at all. It fills in the disks
-// and the time of r.
-func Create(s *store.Store, r *Record) error {
+// appears under the VM's id as a whole or not at all. The work disk is filled
+// from workSeed. It fills in the disks and the time of r.
+func Create(s *store.Store, r *Record, workSeed string) error {
 	if !store.IsID(r.ID) {
 		return banger.Errorf(banger.CodeInternal, "VM: %q is no id", r.ID)
 	}
@@ -88,7 +88,7 @@ func Create(s *store.Store, r *Record) error {
 		return err
 	}
 	defer tmp.Remove()
-	if r.Disks, err = MakeDisks(tmp.Path); err != nil {
+	if r.Disks, err = MakeDisks(tmp.Path, workSeed); err != nil {
 		return err
 	}
 	r.Created = time.Now().UTC().Truncate(time.Millisecond)

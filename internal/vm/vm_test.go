@@ -121,7 +121,7 @@ func newVM(t *testing.T, driver vmm.Driver, change func(*Config)) (*VM, *store.S
 	if err := os.Mkdir(s.VM(id), 0o700); err != nil {
 		t.Fatal(err)
 	}
-	disks, err := MakeDisks(s.VM(id))
+	disks, err := MakeDisks(s.VM(id), "")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -261,7 +261,7 @@ func TestDisksAreNeverReplaced(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, err := MakeDisks(v.cfg.Store.VM(v.id)); !errors.Is(err, os.ErrExist) {
+	if _, err := MakeDisks(v.cfg.Store.VM(v.id), ""); !errors.Is(err, os.ErrExist) {
 		t.Errorf("made again: %v", err)
 	}
 	after, err := os.Stat(filepath.Join(v.cfg.Store.VM(v.id), store.VMWork))
