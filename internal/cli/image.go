@@ -16,7 +16,8 @@ import (
 
 func imageCommand() *cobra.Command {
 	return group("image", "Get, build, list and remove images",
-		imagePullCommand(), imageBuildCommand(), imageListCommand(), imageInspectCommand(), imageRemoveCommand())
+		imagePullCommand(), imageBuildCommand(), imageRegisterCommand(), imageSeedCommand(),
+		imageListCommand(), imageInspectCommand(), imageRemoveCommand())
 }
 
 const referenceHelp = `REFERENCE is one of
@@ -234,7 +235,7 @@ func imageInspectCommand() *cobra.Command {
 			}
 			return table([][]string{
 				{"name", im.Name}, {"id", im.ID}, {"reference", im.Reference}, {"digest", digest},
-				{"base digest", im.BaseDigest}, {"rootfs", im.Rootfs}, {"size", size(im.SizeBytes)},
+				{"base digest", im.BaseDigest}, {"rootfs", im.Rootfs}, {"work seed", im.WorkSeed}, {"size", size(im.SizeBytes)},
 				{"on disk", size(im.AllocatedBytes)}, {"platform", im.Platform}, {"created", im.Created.String()},
 				{"entrypoint", strings.Join(im.Config.Entrypoint, " ")}, {"cmd", strings.Join(im.Config.Cmd, " ")},
 				{"user", im.Config.User}, {"working dir", im.Config.WorkingDir},

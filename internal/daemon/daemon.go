@@ -123,6 +123,10 @@ func (d *daemon) routes() map[string]api.Handler {
 		api.MethodImageRemove:  d.imageRemove,
 		api.MethodImagePull:    d.imagePull,
 		api.MethodImageBuild:   d.imageBuild,
+
+		api.MethodImageRegister: d.imageRegister,
+		api.MethodImageSeed:     d.imageSeed,
+
 		api.MethodKernelList:   d.kernelList,
 		api.MethodKernelPull:   d.kernelPull,
 		api.MethodKernelImport: d.kernelImport,
