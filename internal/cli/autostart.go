@@ -32,7 +32,7 @@ Requires=bangerd.socket
 
 [Service]
 ExecStart=%s serve
-Environment=BANGER_HOME=%s
+Environment=%s
 KillMode=process
 `
 )
@@ -82,7 +82,7 @@ EXAMPLE
 			}
 			for _, unit := range []struct{ path, text string }{
 				{socket, fmt.Sprintf(socketUnit, specifiers(path))},
-				{service, fmt.Sprintf(serviceUnit, quoted(program), quoted(root))},
+				{service, fmt.Sprintf(serviceUnit, strings.ReplaceAll(quoted(program), "$", "$$"), quoted("BANGER_HOME="+root))},
 			} {
 				if err := replaceFile(unit.path, unit.text); err != nil {
 					return banger.Errorf(banger.CodeUnavailable, "%s: %w", unit.path, err)
@@ -103,7 +103,7 @@ func specifiers(text string) string { return strings.ReplaceAll(text, "%", "%%")
 
 // quoted writes text as one word of a systemd unit (systemd.syntax(7)).
 func quoted(text string) string {
-	return `"` + strings.NewReplacer(`\`, `\\`, `"`, `\"`, "%", "%%", "$", "$$").Replace(text) + `"`
+	return `"` + strings.NewReplacer(`\`, `\\`, `"`, `\"`, "%", "%%").Replace(text) + `"`
 }
 
 // replaceFile writes a file beside its place and renames it there.

@@ -341,14 +341,9 @@ func (s *session) run(machine *machineFlags, p api.RunParams) (err error) {
 	}
 	up := make(chan banger.VM, 1)
 	over := make(chan error, 1)
-	// The daemon's part: it ends when the VM has.
-	runCtx, endRun := context.WithCancel(context.WithoutCancel(ctx))
-	defer endRun()
-	stop := context.AfterFunc(ctx, endRun)
-	defer stop()
 	onEvent := s.p.events(time.Now())
-	go func() {
-		over <- daemon.Call(runCtx, api.MethodRun, p, []*os.File{theirs}, &api.None{}, func(e api.Event) {
+	go func() { // the daemon's part: it ends when the VM has
+		over <- daemon.Call(ctx, api.MethodRun, p, []*os.File{theirs}, &api.None{}, func(e api.Event) {
 			if e.VM != nil {
 				up <- *e.VM
 				return
