@@ -94,7 +94,14 @@ func vmIsThere(pid int) bool {
 func fakeGuest(g *vmmtest.FakeGuest, _ uint32, conn net.Conn) {
 	defer conn.Close()
 	var req wire.Request
-	if wire.ReadMessage(conn, &req) != nil || wire.WriteMessage(conn, wire.Reply{Version: wire.Version}) != nil {
+	if wire.ReadMessage(conn, &req) != nil {
+		return
+	}
+	reply := wire.Reply{Version: wire.Version}
+	if req.Op == wire.OpExec && len(req.Exec.Args) == 2 && req.Exec.Args[0] == "refuse" {
+		reply.Error = &wire.Error{Code: wire.ErrorCode(req.Exec.Args[1]), Message: "the agent refuses"}
+	}
+	if wire.WriteMessage(conn, reply) != nil || reply.Error != nil {
 		return
 	}
 	exit := func(code int) { wire.WriteFrame(conn, wire.FrameExit, fmt.Appendf(nil, `{"code":%d}`, code)) }

@@ -459,10 +459,10 @@ func (sup *supervisor) runMain(ctx context.Context) {
 			sup.v.Stop(context.Background())
 			return
 		}
-		var known *banger.Error
-		if errors.As(err, &known) && (known.Code == banger.CodeCommandNotFound || known.Code == banger.CodeCommandNotExecutable) {
+		var refusal *wire.Error
+		if errors.As(err, &refusal) {
 			fmt.Fprintf(sup.out, "banger: %s\n", err)
-			sup.v.SetExit(map[banger.Code]int{banger.CodeCommandNotExecutable: 126, banger.CodeCommandNotFound: 127}[known.Code])
+			sup.v.SetExit(exitOf(refusal.Code))
 			sup.v.Stop(context.Background())
 			return
 		}
@@ -472,6 +472,18 @@ func (sup *supervisor) runMain(ctx context.Context) {
 			return
 		}
 	}
+}
+
+// exitOf is the exit code of a command that the agent refused to start, as
+// banger itself and Docker have them.
+func exitOf(code wire.ErrorCode) int {
+	switch code {
+	case wire.ErrNotExecutable:
+		return 126
+	case wire.ErrNotFound:
+		return 127
+	}
+	return 125
 }
 
 func (sup *supervisor) mainOnce(ctx context.Context) error {

@@ -709,7 +709,17 @@ func (m *manager) remove(ctx context.Context, e *entry, force bool) error {
 	if err := e.check(); err != nil && (!force || e.broken == nil) {
 		return err
 	}
-	if life, rested := m.look(e); rested != nil && !force {
+	life, rested := m.look(e)
+	if rested != nil && vm.Rests(life.State) {
+		// Its supervisor has said its last word and is on its way out.
+		select {
+		case <-rested:
+			rested = nil
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		}
+	}
+	if rested != nil && !force {
 		return banger.Errorf(banger.CodeConflict, "VM %s: it is %s", e.name(), life.State).
 			WithHint("stop it first, or `banger rm -f %s` does both", e.name())
 	}

@@ -193,6 +193,19 @@ func TestMainCommand(t *testing.T) {
 	if v := w.list()["bad"]; v.ExitCode == nil || *v.ExitCode != 7 {
 		t.Errorf("its end: %+v", v)
 	}
+	// What cannot be started is told, and tried once.
+	for code, want := range map[wire.ErrorCode]int{wire.ErrNotFound: 127, wire.ErrNotExecutable: 126, wire.ErrNoUser: 125} {
+		w.create("refused", banger.Spec{Command: []string{"refuse", string(code)}})
+		w.do(api.MethodStart, "refused")
+		w.until("it stops", func() bool { return w.list()["refused"].State == banger.StateStopped })
+		if v := w.list()["refused"]; v.ExitCode == nil || *v.ExitCode != want {
+			t.Errorf("%s: %+v", code, v)
+		}
+		if got := read(api.LogParams{Name: "refused"}); got != "banger: the agent refuses\n" {
+			t.Errorf("%s: its log is %q", code, got)
+		}
+		w.do(api.MethodRemove, "refused")
+	}
 	// A new start runs it anew, and what is followed ends with the VM.
 	w.create("long", banger.Spec{Command: []string{"sleep"}})
 	w.do(api.MethodStart, "long")
