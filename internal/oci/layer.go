@@ -316,14 +316,8 @@ func decompress(in *bufio.Reader, mediaType string) (io.ReadCloser, error) {
 	if err != nil && err != io.EOF {
 		return nil, err
 	}
-	kind := ""
-	switch {
-	case len(magic) >= 2 && magic[0] == 0x1f && magic[1] == 0x8b:
-		kind = "gzip"
-	case len(magic) == 4 && (bytes.Equal(magic, []byte{0x28, 0xb5, 0x2f, 0xfd}) ||
-		magic[0]&0xf0 == 0x50 && bytes.Equal(magic[1:], []byte{0x2a, 0x4d, 0x18})):
-		kind = "zstd" // a frame or a skippable frame
-	case mediaType == "" && len(magic) == 4 && bytes.Equal(magic, []byte{0xfd, '7', 'z', 'X'}):
+	kind := compressionOf(magic)
+	if kind == "" && mediaType == "" && bytes.Equal(magic, []byte{0xfd, '7', 'z', 'X'}) {
 		return nil, errors.New("compressed with xz, which is not supported: gzip, zstd or none is")
 	}
 	if mediaType != "" {
@@ -343,6 +337,18 @@ func decompress(in *bufio.Reader, mediaType string) (io.ReadCloser, error) {
 		return d.IOReadCloser(), nil
 	}
 	return io.NopCloser(in), nil
+}
+
+// compressionOf tells by a stream's first four bytes: "gzip", "zstd" or "".
+func compressionOf(magic []byte) string {
+	switch {
+	case len(magic) >= 2 && magic[0] == 0x1f && magic[1] == 0x8b:
+		return "gzip"
+	case len(magic) == 4 && (bytes.Equal(magic, []byte{0x28, 0xb5, 0x2f, 0xfd}) ||
+		magic[0]&0xf0 == 0x50 && bytes.Equal(magic[1:], []byte{0x2a, 0x4d, 0x18})):
+		return "zstd" // a frame or a skippable frame
+	}
+	return ""
 }
 
 func compressionWord(kind string) string {

@@ -16,17 +16,28 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-const annotationRefName = "org.opencontainers.image.ref.name"
+const (
+	annotationRefName   = "org.opencontainers.image.ref.name"
+	annotationImageName = "io.containerd.image.name" // the full name, which the other lacks
+)
 
-// layout is an OCI image layout; image-spec image-layout.md. Symlinks in it
-// are followed only inside it, as os.Root does.
-type layout struct{ dir *os.File }
+// layout is an OCI image layout; image-spec image-layout.md.
+type layout struct{ files fileOpener }
+
+// A fileOpener opens what a layout holds and tells its size.
+type fileOpener interface {
+	open(name string) (io.ReadCloser, int64, error)
+}
+
+// folder is a layout in a directory. Symlinks in it are followed only inside
+// it, as os.Root does.
+type folder struct{ dir *os.File }
 
 func (s *Source) resolveLayout(ctx context.Context, img *Image) error {
 	if s.Input == nil {
 		return banger.Errorf(banger.CodeInternal, "image %q: its folder was not opened", img.Name)
 	}
-	err := s.pinLayout(ctx, img, &layout{dir: s.Input})
+	err := s.pinLayout(ctx, img, &layout{folder{s.Input}})
 	if err == nil {
 		return nil
 	}
@@ -68,6 +79,9 @@ func (s *Source) pinLayout(ctx context.Context, img *Image, l *layout) error {
 	}
 	if err := d.check(MaxManifestBytes); err != nil {
 		return err
+	}
+	if ref, err := ParseReference(d.Annotations[annotationImageName]); err == nil && ref.Kind == KindRegistry {
+		img.Suggested = ref.Name()
 	}
 	raw, mediaType, err := s.pinned(ctx, l, d)
 	if err != nil {
@@ -112,7 +126,7 @@ func chooseInLayout(manifests []descriptor, ref Reference) (*descriptor, error) 
 	return nil, e
 }
 
-func (l *layout) open(name string) (*os.File, int64, error) {
+func (l folder) open(name string) (io.ReadCloser, int64, error) {
 	// The folder is the one the caller opened, whatever its path names now.
 	root, err := os.OpenRoot(fmt.Sprintf("/proc/self/fd/%d", l.dir.Fd()))
 	if err != nil {
@@ -147,7 +161,7 @@ func pathReason(err error) error {
 }
 
 func (l *layout) readSmall(name string, most int64) ([]byte, error) {
-	f, _, err := l.open(name)
+	f, _, err := l.files.open(name)
 	if err != nil {
 		return nil, err
 	}
@@ -171,7 +185,7 @@ func (l *layout) manifest(_ context.Context, digest string) ([]byte, string, err
 }
 
 func (l *layout) openBlob(_ context.Context, digest string, sizeBytes int64) (io.ReadCloser, error) {
-	f, size, err := l.open(blobPath(digest))
+	f, size, err := l.files.open(blobPath(digest))
 	if err != nil {
 		return nil, err
 	}

@@ -344,16 +344,8 @@ func (s *Source) pin(ctx context.Context, img *Image, docs documents, raw []byte
 	default:
 		return fmt.Errorf("not a container image: its config is of media type %q", clip(doc.config.MediaType))
 	}
-	if len(doc.layers) > lim.layers {
-		return fmt.Errorf("%d layers, at most %d are taken", len(doc.layers), lim.layers)
-	}
-	for i := range doc.layers {
-		if _, err := layerCompression(doc.layers[i].MediaType); err != nil {
-			return fmt.Errorf("layer %d: %w", i+1, err)
-		}
-		if err := doc.layers[i].check(lim.blobSize); err != nil {
-			return fmt.Errorf("layer %d: %w", i+1, err)
-		}
+	if err := checkLayers(doc, lim); err != nil {
+		return err
 	}
 	if err := doc.config.check(MaxConfigBytes); err != nil {
 		return fmt.Errorf("config: %w", err)
@@ -365,6 +357,26 @@ func (s *Source) pin(ctx context.Context, img *Image, docs documents, raw []byte
 	img.Documents = append(img.Documents, doc.config.Digest)
 	img.from = docs
 	return fillImage(img, doc, rawConfig, want)
+}
+
+// checkLayers makes sure that what a manifest says of its layers can be acted
+// on.
+func checkLayers(doc *document, lim limits) error {
+	if len(doc.layers) == 0 {
+		return errors.New("it has no layers: there is nothing in it")
+	}
+	if len(doc.layers) > lim.layers {
+		return fmt.Errorf("%d layers, at most %d are taken", len(doc.layers), lim.layers)
+	}
+	for i := range doc.layers {
+		if _, err := layerCompression(doc.layers[i].MediaType); err != nil {
+			return fmt.Errorf("layer %d: %w", i+1, err)
+		}
+		if err := doc.layers[i].check(lim.blobSize); err != nil {
+			return fmt.Errorf("layer %d: %w", i+1, err)
+		}
+	}
+	return nil
 }
 
 func fillImage(img *Image, doc *document, rawConfig []byte, want platform) error {

@@ -12,7 +12,7 @@ import (
 // what has no name of its own. Nothing is looked up.
 func (s *Source) Name(ref Reference) string {
 	switch ref.Kind {
-	case KindRootfs:
+	case KindRootfs, KindArchive:
 		return ""
 	case KindApt:
 		if extra := extraPackages(s.Packages); len(extra) > 0 {

@@ -77,9 +77,13 @@ type Source struct {
 	Progress  func(Progress) // nil: silence; called from one goroutine at a time
 	UserAgent string         // default "banger"
 
-	// Input is what an oci: or rootfs: reference names, opened by the caller,
-	// who closes it after Squash. The path in the reference is a label only.
+	// Input is what an oci:, docker-archive: or rootfs: reference names, opened
+	// by the caller, who closes it after Squash. The path in the reference is a
+	// label only.
 	Input *os.File
+	// Scratch makes an empty file without a name, for an archive that is a
+	// stream or compressed. It goes when the process does.
+	Scratch func() (*os.File, error)
 	// Packages are added to an apt: image; see ParsePackages.
 	Packages []string
 
@@ -111,6 +115,7 @@ type Image struct {
 	Reference Reference
 	Name      string // the full name to keep it under; apt images with packages get a suffix
 	Digest    string // of the manifest; "" where there is none
+	Suggested string // a name that came with it, where Name is ""; "" for none
 	Config    banger.ImageConfig
 	Platform  string
 	Layers    []Layer // lowest first; empty for rootfs: and apt:
@@ -161,6 +166,8 @@ func (s *Source) Resolve(ctx context.Context, ref Reference) (*Image, error) {
 		err = s.resolveRegistry(ctx, img)
 	case KindLayout:
 		err = s.resolveLayout(ctx, img)
+	case KindArchive:
+		err = s.resolveArchive(ctx, img, p)
 	case KindRootfs:
 		err = s.resolveRootfs(img)
 	case KindApt:

@@ -18,6 +18,7 @@ const (
 	KindLayout                   // oci:DIR[:TAG] or oci:DIR@sha256:..., an OCI image layout
 	KindRootfs                   // rootfs:DIR or rootfs:TAR, a tree as it is
 	KindApt                      // apt:SUITE, built from the distribution's mirror
+	KindArchive                  // docker-archive:FILE[:NAME:TAG], ./FILE.tar or -, a tar of an image
 )
 
 // A Reference is the parsed text of an image reference. Made only by
@@ -26,16 +27,19 @@ type Reference struct {
 	Kind       Kind
 	Host       string // registry: as written, "docker.io" where nothing was
 	Repository string // registry: path in it
-	Tag        string // registry: "" only beside a digest; layout: may be ""
+	Tag        string // registry: "" only beside a digest; layout: may be ""; archive: NAME:TAG or ""
 	Digest     string // registry, layout: "sha256:..." or ""
-	Path       string // layout, rootfs: as written
+	Path       string // layout, rootfs, archive: as written
 	Suite      string // apt
 }
 
 var (
 	tagPattern    = regexp.MustCompile(`^[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}$`)
 	digestPattern = regexp.MustCompile(`^sha256:[0-9a-f]{64}$`)
-	suitePattern  = regexp.MustCompile(`^[a-z][a-z0-9.-]{0,63}$`)
+	// archivePattern is a path that says what it is. It has no colon, which
+	// would end it after docker-archive:.
+	archivePattern = regexp.MustCompile(`^(\./|\.\./|/)[^:]*\.(tar|tar\.gz|tgz|tar\.zst)$`)
+	suitePattern   = regexp.MustCompile(`^[a-z][a-z0-9.-]{0,63}$`)
 )
 
 // maxReferenceBytes is far above what any registry takes and what Linux takes
@@ -43,7 +47,7 @@ var (
 const maxReferenceBytes = 4096
 
 // reservedSchemes would otherwise parse as names of images at Docker Hub.
-var reservedSchemes = []string{"docker-archive", "oci-archive", "docker-daemon", "docker", "dir", "http", "https"}
+var reservedSchemes = []string{"docker-daemon", "docker", "dir", "http", "https"}
 
 // ParseReference parses an image reference. Anything that is not one is a
 // *banger.Error of CodeUsage that names the text.
@@ -57,9 +61,18 @@ func ParseReference(s string) (Reference, error) {
 	if strings.IndexByte(s, 0) >= 0 {
 		return bad("NUL in it")
 	}
+	if s == "-" {
+		return Reference{Kind: KindArchive, Path: s}, nil
+	}
 	scheme, rest, ok := strings.Cut(s, ":")
 	if ok {
 		switch scheme {
+		case "docker-archive", "oci-archive":
+			file, tag, _ := strings.Cut(rest, ":")
+			if file == "" {
+				return bad("no file named after " + scheme + ":")
+			}
+			return Reference{Kind: KindArchive, Path: file, Tag: tag}, nil
 		case "oci":
 			return parseLayout(rest, bad)
 		case "rootfs":
@@ -82,8 +95,11 @@ func ParseReference(s string) (Reference, error) {
 	named, err := reference.ParseNormalizedNamed(s)
 	if err != nil {
 		if strings.HasPrefix(s, ".") || strings.HasPrefix(s, "/") || strings.HasPrefix(s, "~") {
+			if archivePattern.MatchString(s) {
+				return Reference{Kind: KindArchive, Path: s}, nil
+			}
 			e := banger.Errorf(banger.CodeUsage, "image reference %q: a path is not an image name", clip(s))
-			return Reference{}, e.WithHint("for a directory or tar say rootfs:%s, for an OCI layout oci:%s", clip(s), clip(s))
+			return Reference{}, e.WithHint("for a directory or tar say rootfs:%s, for an OCI layout oci:%s, for an archive of an image docker-archive:%s", clip(s), clip(s), clip(s))
 		}
 		return bad(parseReason(s, err))
 	}
@@ -135,6 +151,8 @@ func (r Reference) String() string {
 		s = r.Host + "/" + r.Repository
 	case KindLayout:
 		s = "oci:" + r.Path
+	case KindArchive:
+		s = "docker-archive:" + r.Path
 	case KindRootfs:
 		return "rootfs:" + r.Path
 	case KindApt:

@@ -24,6 +24,12 @@ func TestParseReference(t *testing.T) {
 		"apt:bookworm":                    "apt:bookworm",
 		"rootfs:./x y.tar":                "rootfs:./x y.tar",
 		"rootfs:/a:b@c":                   "rootfs:/a:b@c",
+		"-":                               "docker-archive:-",
+		"./x.tar":                         "docker-archive:./x.tar",
+		"/a/x y.tar.gz":                   "docker-archive:/a/x y.tar.gz",
+		"docker-archive:x.tar":            "docker-archive:x.tar",
+		"docker-archive:x.tar:debian:12":  "docker-archive:x.tar:debian:12",
+		"oci-archive:x":                   "docker-archive:x",
 		"oci:dir":                         "oci:dir",
 		"oci:/a/b:tag":                    "oci:/a/b:tag",
 		"oci:/a:b/c":                      "oci:/a:b/c",
@@ -39,8 +45,8 @@ func TestParseReference(t *testing.T) {
 		"": "not a valid", "Debian": "upper case", "debian:": "not a valid", "debian:" + strings.Repeat("t", 129): "not a valid",
 		"debian@sha256:123": "not a valid", "debian@sha512:" + hex + hex: "not sha256", hex: "not a valid",
 		"apt:": "no suite", "apt:-x": "no suite", "apt:Bookworm": "no suite", "apt:a b": "no suite", "apt:x;y": "no suite", "apt:bookworm+0123abcd": "no suite",
-		"oci:": "no directory", "oci::tag": "no directory", "rootfs:": "no directory", "./x.tar": "a path is not", "/x": "a path is not", "-": "not a valid",
-		"docker-archive:x.tar": "not supported", "https://x/y": "not supported", "a\x00b": "NUL", strings.Repeat("a", 4097): "too long", "a/" + strings.Repeat("b", 256): "too long",
+		"oci:": "no directory", "oci::tag": "no directory", "rootfs:": "no directory", "./x": "a path is not", "/x": "a path is not", "./a:b.tar": "a path is not", "x.tar/": "not a valid",
+		"docker-archive:": "no file", "oci-archive::x": "no file", "docker-daemon:x": "not supported", "https://x/y": "not supported", "a\x00b": "NUL", strings.Repeat("a", 4097): "too long", "a/" + strings.Repeat("b", 256): "too long",
 	} {
 		_, err := ParseReference(in)
 		e, ok := errors.AsType[*banger.Error](err)
@@ -51,7 +57,7 @@ func TestParseReference(t *testing.T) {
 }
 
 func FuzzParseReference(f *testing.F) {
-	for _, s := range []string{"debian", "a.b:1/c:d@sha256:" + strings.Repeat("00", 32), "oci:a:b", "oci:a@b:c", "apt:x", "rootfs:/", "[::1]/x", "LOCALHOST/x", "-"} {
+	for _, s := range []string{"debian", "a.b:1/c:d@sha256:" + strings.Repeat("00", 32), "oci:a:b", "oci:a@b:c", "apt:x", "rootfs:/", "[::1]/x", "LOCALHOST/x", "-", "./x.tgz", "docker-archive:a:b:c"} {
 		f.Add(s)
 	}
 	f.Fuzz(func(t *testing.T, s string) {

@@ -380,6 +380,18 @@ func (t *Tree[C]) Lookup(path string) *Node[C] {
 	return nil
 }
 
+// Names lists the directory at path, which Lookup would find, sorted.
+func (t *Tree[C]) Names(path string) []string {
+	comps, err := splitPath(path)
+	if err != nil {
+		return nil
+	}
+	if d := t.find(comps); d != nil {
+		return d.names()
+	}
+	return nil
+}
+
 func (t *Tree[C]) find(comps []string) *dentry[C] {
 	if len(comps) == 0 {
 		return t.root
