@@ -57,6 +57,8 @@ type Images struct {
 	// Users says which VMs, by name, need a base image, running or not. Nil
 	// stands for none.
 	Users func(id string) ([]string, error)
+
+	baseBytes int64 // size of new bases; 0: by content. Set by tests.
 }
 
 // Open returns the images of a store.
@@ -200,9 +202,9 @@ func (im *Images) Pull(ctx context.Context, src *oci.Source, ref oci.Reference, 
 	if name == "" {
 		name = src.Name(ref)
 	}
-	if name == "" {
-		return nil, banger.Errorf(banger.CodeUsage, "image %q: it has no name of its own", ref).
-			WithHint("give it one with --name")
+	nameless := banger.Errorf(banger.CodeUsage, "image %q: it has no name of its own", ref).WithHint("give it one with --name")
+	if name == "" && ref.Kind != oci.KindArchive { // which may bring one
+		return nil, nameless
 	}
 	if opts.Name != "" {
 		if err := checkName(opts.Name); err != nil {
@@ -227,6 +229,12 @@ func (im *Images) Pull(ctx context.Context, src *oci.Source, ref oci.Reference, 
 	if err != nil {
 		return nil, err
 	}
+	if name == "" {
+		name = img.Suggested
+	}
+	if name == "" {
+		return nil, nameless
+	}
 	t = step("resolve", t)
 	if img.Digest != "" {
 		id := idOf(identity(img, ""))
@@ -244,7 +252,7 @@ func (im *Images) Pull(ctx context.Context, src *oci.Source, ref oci.Reference, 
 		return nil, err
 	}
 	defer f.Close()
-	built, err := Build(ctx, img, f, BuildOptions{Agent: opts.Agent})
+	built, err := Build(ctx, img, f, BuildOptions{SizeBytes: im.baseBytes, Agent: opts.Agent})
 	if err != nil {
 		return nil, err
 	}
@@ -459,43 +467,8 @@ func (im *Images) Remove(ctx context.Context, name string) error {
 	if err := im.s.Remove(im.s.Image(image.ID)); err != nil {
 		return err
 	}
-	return im.collectBlobs()
-}
-
-// collectBlobs removes the blobs that no image was made from. The caller has
-// the build lock.
-func (im *Images) collectBlobs() error {
-	entries, err := os.ReadDir(im.s.Images())
-	if err != nil {
-		return err
-	}
-	needed := map[string]bool{}
-	for _, e := range entries {
-		if !e.IsDir() {
-			continue
-		}
-		var r record
-		if err := store.ReadJSON(filepath.Join(im.s.Image(e.Name()), store.ImageRecord), imageSchema, &r); err != nil {
-			return err // what cannot be read may need anything
-		}
-		for _, d := range r.Blobs {
-			needed[d] = true
-		}
-	}
-	blobs := im.s.Blobs()
-	digests, err := blobs.Digests()
-	if err != nil {
-		return err
-	}
-	for _, d := range digests {
-		if needed[d] {
-			continue
-		}
-		if err := blobs.Remove(d); err != nil && !errors.Is(err, fs.ErrNotExist) {
-			return err
-		}
-	}
-	return nil
+	_, _, err = im.collectBlobs()
+	return err
 }
 
 // digestOf hashes the whole file, holes as the zeros they are, so that
