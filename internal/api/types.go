@@ -58,11 +58,12 @@ type Version struct {
 // as indexes into the files of the call, -1 where there is none.
 type Source struct {
 	Reference string `json:"reference"`
-	File      int    `json:"file"`     // what an oci: or rootfs: reference names
+	File      int    `json:"file"`     // what an oci:, docker-archive: or rootfs: reference names
 	Packages  int    `json:"packages"` // the package list
 	// PackagesName is how the user called the list, for errors.
 	PackagesName string `json:"packages_name,omitempty"`
-	Name         string `json:"name,omitempty"` // under which it is kept, if not its own
+	Name         string `json:"name,omitempty"`     // under which it is kept, if not its own
+	Platform     string `json:"platform,omitempty"` // os/architecture[/variant]; "" is linux/amd64
 }
 
 // Named is the parameter of what acts on one thing by its name.

@@ -17,12 +17,14 @@ import (
 func imageCommand() *cobra.Command {
 	return group("image", "Get, build, list and remove images",
 		imagePullCommand(), imageBuildCommand(), imageRegisterCommand(), imageSeedCommand(),
-		imageListCommand(), imageInspectCommand(), imageRemoveCommand())
+		imageListCommand(), imageInspectCommand(), imageHistoryCommand(), imageVerifyCommand(),
+		imageTagCommand(), imageRemoveCommand(), imagePruneCommand(), imageExportCommand(), imageImportCommand())
 }
 
 const referenceHelp = `REFERENCE is one of
   debian, ghcr.io/owner/name:tag, host/name@sha256:...   from a registry, as in Docker
   oci:DIR[:TAG]                                          an OCI image layout
+  docker-archive:FILE[:NAME:TAG], ./FILE.tar, -          what "docker save" or "banger image export" wrote
   rootfs:DIR, rootfs:FILE.tar                            a root file system
   apt:SUITE                                              built from Debian's packages`
 

@@ -7,6 +7,7 @@ import (
 	"strings"
 
 	"github.com/spf13/cobra"
+	"golang.org/x/term"
 
 	"banger"
 	"banger/internal/api"
@@ -15,16 +16,23 @@ import (
 // sourceFlags are the flags of every command that gets an image.
 type sourceFlags struct {
 	packages string
+	platform string
 }
 
 func (s *sourceFlags) add(cmd *cobra.Command) {
 	cmd.Flags().StringVar(&s.packages, "packages", "", "for apt: images, a `FILE` of more packages, one name a line")
+	cmd.Flags().StringVar(&s.platform, "platform", "", "of an image for several, the one for `OS/ARCH` (default linux/amd64)")
 }
 
 // open makes the Source of a reference and opens what it and the flags name.
 func (s *sourceFlags) open(reference string) (src api.Source, files []*os.File, err error) {
-	src = api.Source{Reference: reference, File: -1, Packages: -1}
-	if path, ok := localPath(reference); ok {
+	src = api.Source{Reference: reference, File: -1, Packages: -1, Platform: s.platform}
+	if reference == "-" {
+		if term.IsTerminal(int(os.Stdin.Fd())) {
+			return src, nil, usagef("-: standard input is a terminal").WithHint("docker save IMAGE | banger image pull --name NAME -")
+		}
+		src.File, files = 0, []*os.File{os.Stdin}
+	} else if path, ok := localPath(reference); ok {
 		f, err := openNamed(path)
 		if err != nil {
 			return src, nil, err
@@ -45,10 +53,19 @@ func (s *sourceFlags) open(reference string) (src api.Source, files []*os.File, 
 }
 
 // localPath is the path in a reference that names something of the user's:
-// oci:DIR[:TAG] and rootfs:PATH.
+// oci:DIR[:TAG], rootfs:PATH, docker-archive:FILE[:NAME:TAG] and ./FILE.tar.
 func localPath(reference string) (string, bool) {
 	if path, ok := strings.CutPrefix(reference, "rootfs:"); ok {
 		return path, true
+	}
+	for _, scheme := range []string{"docker-archive:", "oci-archive:"} {
+		if rest, ok := strings.CutPrefix(reference, scheme); ok {
+			path, _, _ := strings.Cut(rest, ":")
+			return path, true
+		}
+	}
+	if strings.HasPrefix(reference, ".") || strings.HasPrefix(reference, "/") {
+		return reference, true // an archive, or the daemon says what to call it
 	}
 	path, ok := strings.CutPrefix(reference, "oci:")
 	if !ok {

@@ -126,6 +126,11 @@ func (d *daemon) routes() map[string]api.Handler {
 
 		api.MethodImageRegister: d.imageRegister,
 		api.MethodImageSeed:     d.imageSeed,
+		api.MethodImageTag:      d.imageTag,
+		api.MethodImagePrune:    d.imagePrune,
+		api.MethodImageVerify:   d.imageVerify,
+		api.MethodImageHistory:  d.imageHistory,
+		api.MethodImageExport:   d.imageExport,
 
 		api.MethodKernelList:   d.kernelList,
 		api.MethodKernelPull:   d.kernelPull,

@@ -30,9 +30,8 @@ func (d *daemon) source(c *api.Call, p api.Source) (*oci.Source, oci.Reference, 
 	}
 	src := &oci.Source{
 		UserAgent: "banger/" + Version,
-		Progress: func(g oci.Progress) {
-			c.Emit(api.Event{Progress: &api.Progress{Step: g.Stage, Subject: g.Subject, DoneBytes: g.DoneBytes, TotalBytes: g.TotalBytes}})
-		},
+		Platform:  p.Platform,
+		Progress:  progressOf(c),
 	}
 	if src.Input, err = c.File(p.File); err != nil {
 		return nil, ref, err
@@ -47,6 +46,13 @@ func (d *daemon) source(c *api.Call, p api.Source) (*oci.Source, oci.Reference, 
 		}
 	}
 	return src, ref, nil
+}
+
+// progressOf passes progress on to the client.
+func progressOf(c *api.Call) func(oci.Progress) {
+	return func(g oci.Progress) {
+		c.Emit(api.Event{Progress: &api.Progress{Step: g.Stage, Subject: g.Subject, DoneBytes: g.DoneBytes, TotalBytes: g.TotalBytes}})
+	}
 }
 
 func (d *daemon) imageList(ctx context.Context, c *api.Call) (any, error) {
@@ -142,7 +148,7 @@ func (d *daemon) imagePull(ctx context.Context, c *api.Call) (any, error) {
 
 // pull gets an image into the store, under its own name if name is empty.
 func (d *daemon) pull(ctx context.Context, c *api.Call, r *rooms, src *oci.Source, ref oci.Reference, name string, onStep func(string, time.Time, time.Time)) (*image.Image, error) {
-	src.Blobs = blobs{r.store.Blobs()}
+	src.Blobs, src.Scratch = blobs{r.store.Blobs()}, r.store.Scratch
 	agent, err := openAgent()
 	if err != nil {
 		return nil, err
@@ -181,6 +187,14 @@ func (d *daemon) imageBuild(ctx context.Context, c *api.Call) (any, error) {
 			return nil, err
 		}
 		defer agent.Close()
+	}
+	// Nothing goes into the state folder; a stream needs a place all the same.
+	src.Scratch = func() (*os.File, error) {
+		f, err := os.CreateTemp("", "banger-")
+		if err == nil {
+			err = os.Remove(f.Name())
+		}
+		return f, err
 	}
 	img, err := src.Resolve(ctx, ref)
 	if err != nil {
