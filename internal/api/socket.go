@@ -150,7 +150,7 @@ func Address() (root, socket string, err error) {
 }
 
 // Connect makes a client of the resident daemon for one call. A daemon that is
-// not there is started, one of another version makes way for ours.
+// not there is started, one of another release or build makes way for ours.
 func Connect(version string) (*Client, error) {
 	root, err := store.DefaultRoot()
 	if err != nil {
@@ -186,15 +186,17 @@ func Connect(version string) (*Client, error) {
 		WithHint("its last words are in %s", filepath.Join(dir, store.DaemonLog))
 }
 
-// greet asks a daemon for its version. One that is another is told so, and
-// ends.
+// greet tells a daemon who we are. One of another release or build ends.
 func greet(conn *net.UnixConn, version string) (stale bool, err error) {
 	ctx, cancel := context.WithTimeout(context.Background(), helloLimit)
 	defer cancel()
 	conn.SetReadDeadline(time.Now().Add(helloLimit))
-	var hello Hello
-	err = NewClient(conn).Call(ctx, MethodHello, Hello{Version: version}, nil, &hello, nil, nil)
-	return err == nil && hello.Version != version, err
+	hello := Hello{Version: version}
+	if hello.Program, err = Companion(DaemonProgram); err != nil {
+		hello.Program = "" // then this daemon has to do
+	}
+	err = NewClient(conn).Call(ctx, MethodHello, hello, nil, &hello, nil, nil)
+	return err == nil && hello.Stale, err
 }
 
 // startDaemon starts the resident daemon in a session of its own and waits

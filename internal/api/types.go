@@ -112,6 +112,12 @@ type ImportKernel struct {
 // Hello says which release a side is of.
 type Hello struct {
 	Version string `json:"version"`
+	// Program is the path of the daemon that the client would start; "" makes
+	// no claim.
+	Program string `json:"program,omitempty"`
+	// Stale is the daemon's answer to a client of another release, or beside
+	// which another daemon lies: it makes way.
+	Stale bool `json:"stale,omitempty"`
 }
 
 // PrepareParams asks for an image and a kernel: MethodResolve for those that

@@ -73,10 +73,14 @@ func withCompanions() (code int, err error) {
 	if err != nil {
 		return 0, err
 	}
-	for name, data := range map[string][]byte{"daemon.test": self, api.DaemonProgram: self, api.AgentProgram: []byte(agentText)} {
+	for name, data := range map[string][]byte{"daemon.test": self, api.AgentProgram: []byte(agentText)} {
 		if err := os.WriteFile(filepath.Join(dir, name), data, 0o700); err != nil {
 			return 0, err
 		}
+	}
+	// One file, so that a daemon inside a test is the one its clients expect.
+	if err := os.Link(filepath.Join(dir, "daemon.test"), filepath.Join(dir, api.DaemonProgram)); err != nil {
+		return 0, err
 	}
 	cmd := exec.Command(filepath.Join(dir, "daemon.test"), os.Args[1:]...)
 	cmd.Stdin, cmd.Stdout, cmd.Stderr = os.Stdin, os.Stdout, os.Stderr

@@ -244,14 +244,26 @@ func (r *resident) hello(ctx context.Context, c *api.Call) (any, error) {
 	if err := c.Params(&p); err != nil {
 		return nil, err
 	}
-	if p.Version != "" && p.Version != Version {
-		log.Printf("a client is of release %q: making way", p.Version)
+	stale := p.Version != "" && p.Version != Version || p.Program != "" && !isMe(p.Program)
+	if stale {
+		log.Printf("a client is of release %q with %q: making way", p.Version, p.Program)
 		if !r.given { // else systemd starts the next one by it
 			os.Remove(filepath.Join(store.Run(r.m.store.Root()), store.DaemonSocket))
 		}
 		r.retire()
 	}
-	return api.Hello{Version: Version}, nil
+	return api.Hello{Version: Version, Stale: stale}, nil
+}
+
+// isMe says whether a path leads to the program that this process runs. After
+// an update, or a build, it leads to another.
+func isMe(path string) bool {
+	mine, err := os.Stat("/proc/self/exe")
+	if err != nil {
+		return true // it cannot be told
+	}
+	theirs, err := os.Stat(path)
+	return err == nil && os.SameFile(mine, theirs)
 }
 
 // routes is the API of the resident daemon.

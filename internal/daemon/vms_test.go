@@ -698,16 +698,38 @@ func TestDaemonGoes(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	var hello api.Hello
-	if err := api.NewClient(conn).Call(t.Context(), api.MethodHello, api.Hello{Version: "of another release"}, nil, &hello, nil, nil); err != nil || hello.Version != Version {
-		t.Errorf("hello: %+v, %v", hello, err)
+	conn.Close()
+	self, err := api.Companion(api.DaemonProgram)
+	if err != nil {
+		t.Fatal(err)
 	}
-	w.until("the daemon makes way", func() bool { return len(w.processes("serve")) == 0 })
-	if got := w.list()["dev"]; got.PID != pid {
-		t.Errorf("found again: %+v", got)
-	}
-	if now := w.processes("serve"); len(now) != 1 || now[0] == before[0] {
-		t.Errorf("daemons: %v, before %v", now, before)
+	for _, c := range []struct {
+		hello api.Hello
+		stale bool
+	}{
+		{api.Hello{}, false}, {api.Hello{Version: Version}, false}, {api.Hello{Version: Version, Program: self}, false},
+		{api.Hello{Version: "of another release"}, true}, {api.Hello{Version: Version, Program: "/bin/sh"}, true},
+		{api.Hello{Version: Version, Program: "/nonexistent"}, true},
+	} {
+		conn, err := api.Dial(store.Run(w.home), store.DaemonSocket)
+		if err != nil {
+			t.Fatal(err)
+		}
+		var hello api.Hello
+		if err := api.NewClient(conn).Call(t.Context(), api.MethodHello, c.hello, nil, &hello, nil, nil); err != nil || hello.Version != Version || hello.Stale != c.stale {
+			t.Errorf("hello %+v: %+v, %v", c.hello, hello, err)
+		}
+		if c.stale {
+			w.until("the daemon makes way", func() bool { return len(w.processes("serve")) == 0 })
+		}
+		if got := w.list()["dev"]; got.PID != pid {
+			t.Errorf("found again: %+v", got)
+		}
+		now := w.processes("serve")
+		if len(now) != 1 || (now[0] != before[0]) != c.stale {
+			t.Errorf("hello %+v: daemons %v, before %v", c.hello, now, before)
+		}
+		before = now
 	}
 	// A socket that was removed is made again.
 	if err := os.RemoveAll(store.Run(w.home)); err != nil {
