@@ -104,26 +104,22 @@ func checkSpec(s banger.Spec) error {
 	return nil
 }
 
-// resolve finds an image and a kernel in the store.
-func (d *daemon) resolve(ctx context.Context, c *api.Call) (any, error) {
-	return d.prepared(ctx, c, false)
-}
-
-// prepare is resolve that gets what is not there.
+// prepare finds an image and a kernel, and gets what is not in the store.
 func (d *daemon) prepare(ctx context.Context, c *api.Call) (any, error) {
-	return d.prepared(ctx, c, true)
+	r, err := d.open()
+	if err != nil {
+		return nil, err
+	}
+	return d.prepared(ctx, c, r, true)
 }
 
-func (d *daemon) prepared(ctx context.Context, c *api.Call, get bool) (any, error) {
+// prepared is what prepare and the resident daemon, which gets nothing, share.
+func (d *daemon) prepared(ctx context.Context, c *api.Call, r *rooms, get bool) (any, error) {
 	var p api.PrepareParams
 	if err := c.Params(&p); err != nil {
 		return nil, err
 	}
 	t := newTrace(c)
-	r, err := d.open()
-	if err != nil {
-		return nil, err
-	}
 	src, ref, err := d.source(c, p.Source)
 	if err != nil {
 		return nil, err

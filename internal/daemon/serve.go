@@ -271,7 +271,7 @@ func (r *resident) routes() map[string]api.Handler {
 	m := r.m
 	return map[string]api.Handler{
 		api.MethodHello:   r.hello,
-		api.MethodResolve: r.resolve,
+		api.MethodResolve: func(ctx context.Context, c *api.Call) (any, error) { return r.prepared(ctx, c, m.rooms, false) },
 		api.MethodCreate:  m.told(m.create),
 		api.MethodRun:     m.told(m.run),
 		api.MethodStart:   m.told(m.one(m.startCall)),
