@@ -258,7 +258,7 @@ func (c *chaos) compare(t *testing.T, round int, victim string, models []*modelV
 		ids, idsErr := c.s.VMIDs()
 		return err == nil && len(left) == 0 && idsErr == nil && len(ids) == len(all) && len(c.processes("supervise")) == count(all) && len(c.processes("sleep")) == count(all)
 	}
-	for end := time.Now().Add(20 * time.Second); !steady(); time.Sleep(5 * time.Millisecond) {
+	for end := time.Now().Add(patience); !steady(); time.Sleep(5 * time.Millisecond) {
 		if time.Now().After(end) {
 			left, _ := c.s.Leftovers()
 			t.Errorf("round %d (%s): it does not come to rest: %+v, supervisors %v, VMMs %v, left %q",

@@ -336,12 +336,15 @@ func btoi(b bool) int {
 	return 0
 }
 
+// patience is for what takes milliseconds on a machine that has time.
+const patience = time.Minute
+
 // until waits for something to become true.
 func (w *world) until(what string, f func() bool) {
 	w.t.Helper()
-	for end := time.Now().Add(20 * time.Second); !f(); time.Sleep(5 * time.Millisecond) {
+	for end := time.Now().Add(patience); !f(); time.Sleep(5 * time.Millisecond) {
 		if time.Now().After(end) {
-			w.t.Fatalf("not within 20 s: %s\n%s", what, w.log())
+			w.t.Fatalf("not within %v: %s\n%s", patience, what, w.log())
 		}
 	}
 }

@@ -13,7 +13,6 @@ import (
 	"strings"
 	"syscall"
 	"testing"
-	"time"
 
 	"banger"
 	"banger/internal/store"
@@ -218,9 +217,9 @@ func TestNothingYet(t *testing.T) {
 	}
 }
 
-// A supervisor that starts while the doctor looks is not kept from its VM for
-// longer than it waits.
-func TestLooksBriefly(t *testing.T) {
+// The doctor lets go of what it looked at, and takes one that is held for one
+// that runs.
+func TestLetsGo(t *testing.T) {
 	h, s := healthy(t)
 	r := vm.Record{ID: store.NewID(), Name: "dev"}
 	if err := vm.Create(s, &r, ""); err != nil {
@@ -230,10 +229,9 @@ func TestLooksBriefly(t *testing.T) {
 		t.Fatal(err)
 	}
 	h.state(t.Context())
-	began := time.Now()
 	hold, err := s.HoldVM(r.ID)
-	if err != nil || time.Since(began) > time.Second {
-		t.Errorf("after %v: %v", time.Since(began), err)
+	if err != nil {
+		t.Fatal(err)
 	}
 	defer hold.Close()
 	if c := h.state(t.Context()); c.State != banger.CheckOK {
