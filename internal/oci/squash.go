@@ -113,6 +113,7 @@ type entry struct {
 	atime, ctime *Time
 	target       string // of a symlink or hard link
 	xattrs       map[string][]byte
+	notes        []string // what of it cannot be applied
 }
 
 // builder applies entries to a tree, one layer after the other.
@@ -238,6 +239,9 @@ func (b *builder[C]) apply(e *entry, body io.Reader) error {
 	n, err := b.node(e)
 	if err != nil {
 		return err
+	}
+	for _, note := range e.notes {
+		b.notes[note]++
 	}
 	if len(comps) == 0 {
 		if !n.IsDir() {

@@ -626,7 +626,7 @@ func randomLayers(r *rand.Rand) [][]te {
 }
 
 func TestSquashRandom(t *testing.T) {
-	count := 300
+	count := 2000
 	if s := os.Getenv("OCI_IMAGES"); s != "" {
 		count, _ = strconv.Atoi(s)
 	}

@@ -12,7 +12,8 @@ import (
 
 const (
 	paxSchilyXattr     = "SCHILY.xattr."
-	paxLibarchiveXattr = "LIBARCHIVE.xattr." // URL-encoded name, base64 value
+	paxLibarchiveXattr = "LIBARCHIVE.xattr."    // URL-encoded name, base64 value
+	paxSELinux         = "RHT.security.selinux" // GNU tar: security.selinux without its NUL
 )
 
 var errCutShort = errors.New("the tar archive is cut short")
@@ -34,7 +35,13 @@ func readTar(r io.Reader, add addFunc) (trailing int64, ended bool, err error) {
 			return 0, false, tarError(mark, err)
 		}
 		if h.Typeflag == tar.TypeXGlobalHeader {
-			// git-archive writes one with a comment; nothing in it is about a file.
+			// git-archive writes one with a comment. What is about all the files that
+			// follow cannot be applied, and must not be passed over.
+			for k := range h.PAXRecords {
+				if k != "comment" {
+					return 0, false, fmt.Errorf("global header with %q, which is not supported", clip(k))
+				}
+			}
 			continue
 		}
 		if err := entryOf(&e, h); err != nil {
@@ -142,7 +149,38 @@ func entryOf(e *entry, h *tar.Header) error {
 	default:
 		return fmt.Errorf("tar entry of type %q, which is not supported", h.Typeflag)
 	}
-	return paxXattrs(e, h.PAXRecords)
+	if err := paxXattrs(e, h.PAXRecords); err != nil {
+		return err
+	}
+	if err := e.applyACLs(h.PAXRecords); err != nil {
+		return err
+	}
+	for k := range h.PAXRecords {
+		if !knownRecord(k) {
+			e.notes = append(e.notes, "PAX records of no meaning to Linux left out")
+			break
+		}
+	}
+	return nil
+}
+
+// knownRecord says whether a PAX record was applied, or says nothing that a
+// file system could hold.
+func knownRecord(k string) bool {
+	for _, prefix := range []string{paxSchilyXattr, paxLibarchiveXattr, "GNU.sparse."} {
+		if strings.HasPrefix(k, prefix) {
+			return true
+		}
+	}
+	switch k {
+	case "path", "linkpath", "size", "uid", "gid", "uname", "gname", "mtime", "atime", "ctime", // POSIX pax
+		"charset", "hdrcharset", "comment",
+		"SCHILY.acl.access", "SCHILY.acl.default", paxSELinux,
+		"SCHILY.devmajor", "SCHILY.devminor", "SCHILY.dev", "SCHILY.ino", "SCHILY.nlink", "SCHILY.realsize", "SCHILY.filetype",
+		"LIBARCHIVE.creationtime":
+		return true
+	}
+	return false
 }
 
 // paxXattrs collects xattrs in both spellings; where both are there (libarchive
@@ -169,6 +207,9 @@ func paxXattrs(e *entry, records map[string]string) error {
 			return fmt.Errorf("xattr %q: value is not base64", clip(name))
 		}
 		e.setXattr(name, value)
+	}
+	if v, ok := records[paxSELinux]; ok && e.xattrs["security.selinux"] == nil {
+		e.setXattr("security.selinux", append([]byte(v), 0))
 	}
 	return nil
 }
