@@ -139,7 +139,9 @@ func TestRecords(t *testing.T) {
 		{name: "a comment for all", typ: tar.TypeXGlobalHeader, records: map[string]string{"comment": "0123"}},
 		{name: "an owner for all", typ: tar.TypeXGlobalHeader, records: map[string]string{"uid": "7"}, fail: `global header with "uid"`},
 		{name: "ACL and mode", records: map[string]string{"SCHILY.acl.access": whole}, check: func(n *Node[int]) bool { return n.Mode == modeRegular|0o760 && len(n.Xattrs) == 1 }},
-		{name: "ACL and xattr", records: map[string]string{"SCHILY.acl.access": whole, "SCHILY.xattr.system.posix_acl_access": raw}, check: func(n *Node[int]) bool { return n.Mode == modeRegular|0o644 && string(n.Xattrs["system.posix_acl_access"]) == raw }},
+		{name: "ACL and xattr", records: map[string]string{"SCHILY.acl.access": whole, "SCHILY.xattr.system.posix_acl_access": raw}, check: func(n *Node[int]) bool {
+			return n.Mode == modeRegular|0o644 && string(n.Xattrs["system.posix_acl_access"]) == raw
+		}},
 		{name: "ACL of names", records: map[string]string{"SCHILY.acl.default": "user::rwx,user:a:rwx,group::rwx,mask::rwx,other::rwx"}, notes: "ACLs that name users or groups without their numbers left out (1)"},
 		{name: "ACL that is none", records: map[string]string{"SCHILY.acl.access": "nonsense"}, fail: "ACL entry"},
 		{name: "ACL of NFS", records: map[string]string{"SCHILY.acl.ace": "owner@:rwx::allow"}, notes: "PAX records of no meaning to Linux left out (1)"},

@@ -36,6 +36,10 @@ const (
 	helperTimeout     = 30 * time.Second // for the user's login, which a helper may hold
 	handshakeTimeout  = 60 * time.Second // for the first question and the token
 	stallTimeout      = 60 * time.Second // without a byte of a body
+	slowWindow        = 60 * time.Second // of waiting for a body, in which there must come
+	slowBytes         = 64 << 10         // so much: a line of 10 kbit/s brings more
+	resumeTries       = 5                // of a blob that breaks off, without
+	resumeBytes       = 1 << 20          // so much between one break and the next
 )
 
 // repository is the way into one repository of a registry, shared by every
@@ -235,7 +239,7 @@ func (g *guard) RoundTrip(req *http.Request) (*http.Response, error) {
 	if _, ok := req.Context().Value(handshakeKey{}).(bool); ok {
 		most = maxHandshakeBytes
 	}
-	if resp.StatusCode != http.StatusOK {
+	if resp.StatusCode != http.StatusOK && resp.StatusCode != http.StatusPartialContent {
 		most = maxErrorBytes
 	}
 	if most > 0 {
@@ -339,7 +343,7 @@ func withImage(name string, e *banger.Error) error {
 const acceptManifests = mediaOCIIndex + ", " + mediaDockerList + ", " + mediaOCIManifest + ", " + mediaDockerManifest
 
 func (r *remote) manifest(ctx context.Context, tagOrDigest string) ([]byte, string, error) {
-	resp, err := r.get(ctx, "/v2/"+r.ref.Repository+"/manifests/"+tagOrDigest, acceptManifests)
+	resp, err := r.get(ctx, "/v2/"+r.ref.Repository+"/manifests/"+tagOrDigest, acceptManifests, 0)
 	if err != nil {
 		return nil, "", err
 	}
@@ -360,40 +364,98 @@ func (r *remote) manifest(ctx context.Context, tagOrDigest string) ([]byte, stri
 }
 
 func (r *remote) openBlob(ctx context.Context, digest string, sizeBytes int64) (io.ReadCloser, error) {
-	resp, err := r.get(ctx, "/v2/"+r.ref.Repository+"/blobs/"+digest, "")
-	if err != nil {
-		return nil, err
-	}
-	if resp.ContentLength >= 0 && resp.ContentLength != sizeBytes {
-		resp.Body.Close()
-		return nil, &mismatchError{what: "blob " + digest + ": size", got: fmt.Sprintf("%d bytes", resp.ContentLength), want: fmt.Sprintf("%d bytes", sizeBytes)}
-	}
-	return &remoteBody{r: r, body: resp.Body}, nil
+	b := &remoteBody{r: r, ctx: ctx, digest: digest, size: sizeBytes}
+	return b, b.open()
 }
 
-// remoteBody names the registry in errors of its body.
+// remoteBody is a blob as it comes over the network. Where the connection
+// breaks it asks for the rest (RFC 9110 section 14) and goes on. That the parts
+// fit is for the digest to say, which whoever reads it computes over the whole.
 type remoteBody struct {
-	r    *remote
-	body io.ReadCloser
+	r      *remote
+	ctx    context.Context
+	digest string
+	size   int64
+
+	body   io.ReadCloser
+	done   int64 // bytes handed out
+	tries  int   // breaks since the last resumeBytes
+	broken int64 // where the last one was
+}
+
+// open asks for what is left.
+func (b *remoteBody) open() error {
+	resp, err := b.r.get(b.ctx, "/v2/"+b.r.ref.Repository+"/blobs/"+b.digest, "", b.done)
+	if err != nil {
+		return err
+	}
+	fail := func(err error) error {
+		resp.Body.Close()
+		return err
+	}
+	left := b.size
+	if resp.StatusCode == http.StatusPartialContent {
+		if got, want := resp.Header.Get("Content-Range"), fmt.Sprintf("bytes %d-%d/%d", b.done, b.size-1, b.size); got != want {
+			return fail(fmt.Errorf("blob %s: the rest of it is %q, asked for was %q", b.digest, clip(got), want))
+		}
+		left -= b.done
+	}
+	if resp.ContentLength >= 0 && resp.ContentLength != left {
+		return fail(&mismatchError{what: "blob " + b.digest + ": size", got: fmt.Sprintf("%d bytes", resp.ContentLength), want: fmt.Sprintf("%d bytes", left)})
+	}
+	if resp.StatusCode == http.StatusOK && b.done > 0 {
+		// A server that knows no ranges begins again.
+		if _, err := io.CopyN(io.Discard, resp.Body, b.done); err != nil {
+			return fail(b.r.unavailable(err))
+		}
+	}
+	b.body = resp.Body
+	return nil
 }
 
 func (b *remoteBody) Read(p []byte) (int, error) {
-	n, err := b.body.Read(p)
-	if err != nil && err != io.EOF {
-		err = b.r.unavailable(err)
+	if b.body == nil {
+		return 0, io.ErrUnexpectedEOF
 	}
-	return n, err
+	n, err := b.body.Read(p)
+	b.done += int64(n)
+	if err == nil || err == io.EOF {
+		return n, err
+	}
+	if b.ctx.Err() != nil || b.done >= b.size || !isTemporary(err) {
+		return n, b.r.unavailable(err)
+	}
+	if b.done-b.broken >= resumeBytes {
+		b.tries = 0
+	}
+	b.broken = b.done
+	if b.tries++; b.tries > resumeTries {
+		return n, b.r.unavailable(err)
+	}
+	b.body.Close()
+	b.body = nil
+	select {
+	case <-time.After(firstRetryDelay):
+	case <-b.ctx.Done():
+		return n, context.Cause(b.ctx)
+	}
+	return n, b.open()
 }
 
-func (b *remoteBody) Close() error { return b.body.Close() }
+func (b *remoteBody) Close() error {
+	if b.body == nil {
+		return nil
+	}
+	return b.body.Close()
+}
 
 // get asks for a path, after the login if there was none yet, and tries again
-// where the network or the server failed for the moment. Anything but 200 is an
-// error for the user.
-func (r *remote) get(ctx context.Context, path, accept string) (*http.Response, error) {
+// where the network or the server failed for the moment. from > 0 asks for what
+// is from that byte on. Anything but 200, or 206 then, is an error for the user.
+func (r *remote) get(ctx context.Context, path, accept string, from int64) (*http.Response, error) {
 	delay := firstRetryDelay
 	for try := 1; ; try++ {
-		resp, err := r.send(ctx, path, accept)
+		resp, err := r.send(ctx, path, accept, from)
 		if err == nil {
 			return resp, nil
 		}
@@ -443,7 +505,7 @@ func isTemporary(err error) bool {
 	return errors.Is(err, syscall.ECONNRESET) || errors.Is(err, io.ErrUnexpectedEOF) || errors.Is(err, io.EOF)
 }
 
-func (r *remote) send(ctx context.Context, path, accept string) (*http.Response, error) {
+func (r *remote) send(ctx context.Context, path, accept string, from int64) (*http.Response, error) {
 	client, err := r.connect(ctx)
 	if err != nil {
 		return nil, err
@@ -457,6 +519,11 @@ func (r *remote) send(ctx context.Context, path, accept string) (*http.Response,
 	if accept != "" {
 		req.Header.Set("Accept", accept)
 	}
+	good := []int{http.StatusOK}
+	if from > 0 {
+		req.Header.Set("Range", fmt.Sprintf("bytes=%d-", from))
+		good = append(good, http.StatusPartialContent)
+	}
 	resp, err := client.Do(req)
 	if err != nil {
 		if ctx.Err() != nil {
@@ -468,21 +535,28 @@ func (r *remote) send(ctx context.Context, path, accept string) (*http.Response,
 	stall.timer.Stop()
 	stall.body = resp.Body
 	resp.Body = stall
-	if err := transport.CheckError(resp, http.StatusOK); err != nil {
+	if err := transport.CheckError(resp, good...); err != nil {
 		resp.Body.Close()
 		return nil, err
 	}
 	return resp, nil
 }
 
-var errStalled = fmt.Errorf("no byte for %s", stallTimeout)
+var (
+	errStalled = fmt.Errorf("no byte for %s", stallTimeout)
+	errSlow    = fmt.Errorf("less than %d bytes in %s", slowBytes, slowWindow)
+)
 
-// stallGuard is a body that is given up when no byte comes for stallTimeout.
+// stallGuard is a body that is given up when no byte comes for stallTimeout,
+// or fewer than slowBytes for slowWindow.
 type stallGuard struct {
 	body   io.ReadCloser
 	timer  *time.Timer
 	cancel context.CancelCauseFunc
 	ctx    context.Context
+
+	waited time.Duration // in this window
+	came   int           // bytes
 }
 
 func newStall(ctx context.Context) (context.Context, *stallGuard) {
@@ -493,8 +567,17 @@ func newStall(ctx context.Context) (context.Context, *stallGuard) {
 func (g *stallGuard) Read(p []byte) (int, error) {
 	// The clock runs only while we wait: who places the bytes may be slow.
 	g.timer.Reset(stallTimeout)
+	start := time.Now()
 	n, err := g.body.Read(p)
 	g.timer.Stop()
+	g.waited += time.Since(start)
+	if g.came += n; g.waited >= slowWindow {
+		if g.came < slowBytes && err == nil {
+			g.cancel(errSlow)
+			return n, errSlow
+		}
+		g.waited, g.came = 0, 0
+	}
 	if err != nil && err != io.EOF && g.ctx.Err() != nil {
 		err = context.Cause(g.ctx)
 	}
