@@ -39,7 +39,7 @@ const (
 	idleEnv = "BANGER_IDLE"
 	// daemonLock is the lock of the one daemon of a state folder.
 	daemonLock = "daemon"
-	// maxDaemonLogBytes is when a starting daemon begins its log anew.
+	// maxDaemonLogBytes is when the daemon begins its log anew.
 	maxDaemonLogBytes = 1 << 20
 )
 
@@ -78,9 +78,7 @@ func serve(newDriver func() (vmm.Driver, error), ready func(error)) error {
 		return err
 	}
 	dir := store.Run(rooms.store.Root())
-	if st, err := os.Stat(filepath.Join(dir, store.DaemonLog)); err == nil && st.Size() > maxDaemonLogBytes {
-		os.Truncate(filepath.Join(dir, store.DaemonLog), 0)
-	}
+	shorten(filepath.Join(dir, store.DaemonLog))
 	unlock, err := r.lock(rooms.store, dir)
 	if unlock == nil {
 		return err
@@ -101,14 +99,13 @@ func serve(newDriver func() (vmm.Driver, error), ready func(error)) error {
 			return err
 		}
 	}
-	ready(nil)
-	log.Printf("bangerd %s: %d VMs", Version, r.m.count())
-
 	socket := filepath.Join(dir, store.DaemonSocket)
 	mine, err := os.Lstat(socket)
 	if err != nil {
 		return err
 	}
+	ready(nil)
+	log.Printf("bangerd %s: %d VMs", Version, r.m.count())
 	r.last.Store(time.Now().UnixNano())
 	routes := r.routes()
 	for stopCtx.Err() == nil {
@@ -125,6 +122,7 @@ func serve(newDriver func() (vmm.Driver, error), ready func(error)) error {
 			time.Sleep(100 * time.Millisecond)
 			continue
 		}
+		shorten(filepath.Join(dir, store.DaemonLog))
 		now, err := os.Lstat(socket)
 		switch {
 		case err == nil && !os.SameFile(mine, now):
@@ -170,6 +168,14 @@ func serve(newDriver func() (vmm.Driver, error), ready func(error)) error {
 		<-done
 	}
 	return nil
+}
+
+// shorten begins the daemon's log anew when it has become long. It is written
+// at its end, wherever that is.
+func shorten(path string) {
+	if st, err := os.Stat(path); err == nil && st.Size() > maxDaemonLogBytes {
+		os.Truncate(path, 0)
+	}
 }
 
 // lock takes the lock of the one daemon. A nil unlock without an error means

@@ -110,8 +110,15 @@ func newManager(ctx, retiring context.Context, r *rooms) (*manager, error) {
 		return nil, err
 	}
 	for _, id := range ids {
+		// What one VM's folder does not allow keeps no other VM from its user.
 		if err := m.takeUp(id); err != nil {
-			return nil, err
+			m.note("VM %s: %v", id, err)
+			m.mu.Lock()
+			if m.byID[id] == nil {
+				m.byID[id] = newEntry(id)
+			}
+			m.byID[id].broken = err
+			m.mu.Unlock()
 		}
 	}
 	return m, nil

@@ -930,3 +930,55 @@ func TestRetireUnderASession(t *testing.T) {
 	w.until("the VM is gone", func() bool { w.list(); ids, err := w.s.VMIDs(); return err == nil && len(ids) == 0 })
 	w.atRest()
 }
+
+// A VM whose folder cannot be worked with is shown as it is, and keeps no
+// other from its user.
+func TestFolderThatResists(t *testing.T) {
+	w := newWorld(t, 0)
+	stuck := w.create("stuck", banger.Spec{})
+	w.create("fine", banger.Spec{})
+	w.killDaemon()
+	dir := w.s.VM(stuck.ID)
+	records := map[string][]byte{}
+	for _, name := range []string{store.VMRecord, store.VMLife} {
+		data, err := os.ReadFile(filepath.Join(dir, name))
+		if err != nil {
+			t.Fatal(err)
+		}
+		records[name] = data
+	}
+	// What is mounted on cannot be renamed, as its removal would.
+	if err := unix.Mount("tmpfs", dir, "tmpfs", 0, "size=1m,mode=0700"); err != nil {
+		if os.Getenv("CI") != "" {
+			t.Fatalf("cannot test: a mount: %v", err)
+		}
+		t.Skipf("NOT TESTED: a mount: %v", err)
+	}
+	mounted := true
+	defer func() {
+		if mounted {
+			unix.Unmount(dir, unix.MNT_DETACH)
+		}
+	}()
+	for name, data := range records {
+		if err := os.WriteFile(filepath.Join(dir, name), data, 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := vm.MarkRemoving(w.s, stuck.ID); err != nil {
+		t.Fatal(err)
+	}
+	all := w.list()
+	if len(all) != 2 || all["fine"].State != banger.StateCreated || !strings.Contains(all[stuck.ID].Reason, "busy") {
+		t.Errorf("there are %+v", all)
+	}
+	w.do(api.MethodStart, "fine")
+	w.do(api.MethodStop, "fine")
+	wantCode(t, w.call(api.MethodStart, api.VMParams{Name: "stuck"}, nil), banger.CodeInvalid, "busy")
+	w.killDaemon()
+	if err := unix.Unmount(dir, 0); err != nil {
+		t.Fatal(err)
+	}
+	mounted = false
+	w.atRest("fine", "stuck")
+}
