@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 	"syscall"
 
 	"banger"
@@ -71,9 +72,28 @@ func (im *Images) Prune(ctx context.Context) (p Pruned, err error) {
 		p.Images = append(p.Images, e.Name())
 		p.FreedBytes += freed
 	}
+	if err := im.dropHalfNames(ctx); err != nil {
+		return p, err
+	}
 	blobs, freed, err := im.collectBlobs()
 	p.Blobs, p.FreedBytes = blobs, p.FreedBytes+freed
 	return p, err
+}
+
+// dropHalfNames removes what stays of a names file whose writer was killed.
+func (im *Images) dropHalfNames(ctx context.Context) error {
+	unlock, err := im.s.Lock(ctx, "names") // nobody is writing one
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	entries, err := os.ReadDir(im.s.Images())
+	for _, e := range entries {
+		if strings.HasPrefix(e.Name(), "."+filepath.Base(im.s.ImageNames())+".") {
+			err = errors.Join(err, os.Remove(filepath.Join(im.s.Images(), e.Name())))
+		}
+	}
+	return err
 }
 
 // pruneImage removes one base without a name; CodeConflict if a VM has it.
