@@ -509,3 +509,34 @@ func TestFollowLog(t *testing.T) {
 		t.Errorf("got %v", err)
 	}
 }
+
+// A stop and a kill at once, and the guest's own end: whoever is first, the VM
+// comes to rest and nobody is told of an error.
+func TestStopAndKillAtOnce(t *testing.T) {
+	setLimits(t)
+	for round := range 60 {
+		v, f := started(t, agent{}, vmmtest.Options{})
+		var wg sync.WaitGroup
+		wg.Go(func() { v.Follow(context.Background()) })
+		wg.Go(func() {
+			time.Sleep(time.Duration(round%6) * 50 * time.Microsecond)
+			if _, err := v.Stop(t.Context()); err != nil {
+				t.Errorf("stop: %v", err)
+			}
+		})
+		wg.Go(func() {
+			time.Sleep(time.Duration(round/6%5) * 50 * time.Microsecond)
+			if err := v.Kill(); err != nil {
+				t.Errorf("kill: %v", err)
+			}
+		})
+		if round%2 == 0 {
+			wg.Go(func() { f.Guests()[0].PowerOff() })
+		}
+		wg.Wait()
+		if s := v.State(); !Rests(s) {
+			t.Errorf("round %d: it is %s", round, s)
+		}
+		nothingRuns(t, v, f, v.State())
+	}
+}

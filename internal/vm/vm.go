@@ -694,7 +694,10 @@ func (v *VM) Kill() error {
 		return err
 	}
 	v.removeRun()
-	return v.to(evExited, "killed on request")
+	if err := v.to(evExited, "killed on request"); err != nil && !Rests(v.State()) {
+		return err
+	}
+	return nil
 }
 
 // Stop ends a VM: the guest gets stopGuest, then the VMM stopVMM, then it is
@@ -734,7 +737,8 @@ func (v *VM) Stop(ctx context.Context) (clean bool, err error) {
 		cancel()
 	}
 	if err := v.to(evStop, ""); err != nil {
-		return false, err
+		<-proc.Done() // a Kill was faster, or the guest itself
+		return false, nil
 	}
 	guestCtx, cancel := context.WithTimeout(ctx, stopGuest)
 	defer cancel()
