@@ -31,6 +31,7 @@ var rooms = map[string]struct {
 	"banger/internal/vmm":                   {[]string{"banger"}, "the contract"},
 	"banger/internal/vmm/vmmtest":           {[]string{"banger", "banger/internal/vmm", "banger/internal/wire", "banger/internal/vmm/vmmtest/guestops"}, "the fake speaks the guest's protocol"},
 	"banger/internal/vmm/qemu":              {[]string{"banger", "banger/internal/vmm", "banger/internal/wire"}, "a driver must not own lifecycle"},
+	"banger/internal/usernet":               {[]string{"banger"}, "a network knows its guest by its frames alone"},
 	"banger/internal/vm":                    {[]string{"banger", "banger/ext4", "banger/internal/kernel", "banger/internal/store", "banger/internal/vmm", "banger/internal/wire"}, "lifecycle sees the contract and no driver, base images and no image store"},
 	"banger/internal/api":                   {[]string{"banger", "banger/internal/store", "banger/internal/wire"}, "types and transport only, and of the store the address of the daemon"},
 	"banger/internal/doctor":                {[]string{"banger", "banger/internal/store", "banger/internal/vm", "banger/internal/vmm"}, "it looks at the host and at records, and changes nothing"},
@@ -57,6 +58,8 @@ var outside = map[string]struct {
 	"github.com/klauspost/compress":          {[]string{"banger/internal/kernel", "banger/internal/oci"}, "only they unpack"},
 	"github.com/hashicorp/yamux":             {[]string{"banger/internal/guest", "banger/internal/vmm/qemu", "banger/internal/vmm/vmmtest", "banger/internal/vmm/vmmtest/testguest"}, "only the two ends of the virtio-serial channel multiplex"},
 	"github.com/spf13/cobra":                 {[]string{"banger/internal/cli"}, "only the command line parses flags"},
+	"gvisor.dev/gvisor":                      {[]string{"banger/internal/usernet"}, "only usernet knows netstack"},
+	"golang.org/x/net":                       {[]string{"banger/internal/usernet"}, "only usernet speaks DNS"},
 	"golang.org/x/term":                      {[]string{"banger/internal/cli"}, "only the command line has a terminal"},
 }
 
