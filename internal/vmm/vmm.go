@@ -31,6 +31,7 @@ type Machine struct {
 	Accel       banger.Accel
 	Boot        Boot
 	Drives      []Drive
+	NIC         *NIC // nil for none
 	// Console receives what the guest writes to its console; nil throws it
 	// away. The driver calls Write from one goroutine, keeps no reference to
 	// the bytes and ignores what Write returns. A Console must not block: as
@@ -54,6 +55,19 @@ type Boot struct {
 type Drive struct {
 	Path     string
 	ReadOnly bool // the driver must open it so that the VMM cannot write
+}
+
+// A NIC is the machine's network card. What the guest sends comes out of a
+// stream that the driver makes, and what is written to it goes to the guest:
+// Ethernet frames, each after its length in 32 bits, big-endian.
+type NIC struct {
+	MAC [6]byte
+	MTU int // the guest is told; frames are at most 14 bytes longer
+	// Attach is called once by Start, before the guest's first instruction,
+	// and owns the stream from then on; an error of it fails Start. The stream
+	// breaks when the process ends. A stream that nobody reads stands still,
+	// and the guest's card with it, but nothing else.
+	Attach func(net.Conn) error
 }
 
 // Info is what a driver found on this host.

@@ -28,7 +28,7 @@ const (
 
 // guestModules is what the kernel may have as modules; the guest finds the
 // order.
-var guestModules = []string{"virtio", "virtio_ring", "virtio_mmio", "virtio_blk", "virtio_console", "rng-core", "virtio-rng"}
+var guestModules = []string{"virtio", "virtio_ring", "virtio_mmio", "virtio_blk", "virtio_console", "rng-core", "virtio-rng", "failover", "net_failover", "virtio_net"}
 
 // need skips the test when something of the machine is missing, but not where
 // tests must be complete.

@@ -49,6 +49,9 @@ const (
 	// maxDrives is how many of microvm's virtio-mmio slots are used for
 	// drives; the others are for the channel, the random generator and network.
 	maxDrives = 16
+	// minMTU is what virtio-net's device takes (QEMU, hw/net/virtio-net.c), and
+	// maxMTU what IPv4 packets have at most.
+	minMTU, maxMTU = 68, 65535
 	// maxCommandLineBytes is COMMAND_LINE_SIZE of Linux on x86, less its NUL.
 	maxCommandLineBytes = 2048 - 1
 
@@ -208,6 +211,9 @@ func check(m vmm.Machine) error {
 		return banger.Errorf(banger.CodeUnavailable, "memory: %d MiB asked, the host has %d MiB", m.MemoryBytes>>20, total>>20).
 			WithHint("ask for less with -m")
 	}
+	if n := m.NIC; n != nil && (n.Attach == nil || n.MAC[0]&1 != 0 || n.MTU < minMTU || n.MTU > maxMTU) {
+		return banger.Errorf(banger.CodeInternal, "network card: MAC %v, MTU %d", net.HardwareAddr(n.MAC[:]), n.MTU)
+	}
 	if len(m.Drives) > maxDrives {
 		return banger.Errorf(banger.CodeUsage, "drives: %d asked, QEMU's microvm takes %d", len(m.Drives), maxDrives)
 	}
@@ -291,6 +297,20 @@ func (d *Driver) start(ctx context.Context, m vmm.Machine, info vmm.Info) (_ *pr
 		"-device", "virtserialport,chardev=agent,id="+agentDevice+",name="+wire.PortName,
 		"-serial", "chardev:console",
 		"-mon", "chardev=qmp,mode=control")
+	var frames net.Conn // ours until it is attached
+	if m.NIC != nil {
+		conn, fd, err := in.socket()
+		if err != nil {
+			return nil, fmt.Errorf("qemu: network card: %w", err)
+		}
+		frames = conn
+		args = append(args, networkCard(*m.NIC, fd)...)
+	}
+	defer func() {
+		if frames != nil {
+			frames.Close()
+		}
+	}()
 
 	printed, theirs, err := os.Pipe()
 	if err != nil {
@@ -357,6 +377,11 @@ func (d *Driver) start(ctx context.Context, m vmm.Machine, info vmm.Info) (_ *pr
 	}
 	if err == nil {
 		p.info.Version = p.monitor.version
+		if frames != nil {
+			err, frames = m.NIC.Attach(frames), nil
+		}
+	}
+	if err == nil {
 		err = p.monitor.execute(ctx, "cont", nil)
 	}
 	if err == nil {
@@ -572,6 +597,15 @@ func blockdev(node string, set int, readOnly bool) string {
 		panic("qemu: " + err.Error()) // plain data always marshals
 	}
 	return string(text)
+}
+
+// networkCard describes a card whose frames go through a stream socket. There
+// is no vhost and no offload: every frame is whole, with its checksums.
+func networkCard(nic vmm.NIC, fd int) []string {
+	return []string{
+		"-netdev", fmt.Sprintf("stream,id=net,server=off,addr.type=fd,addr.str=%d", fd),
+		"-device", fmt.Sprintf("virtio-net-device,netdev=net,mac=%v,host_mtu=%d", net.HardwareAddr(nic.MAC[:]), nic.MTU),
+	}
 }
 
 // commandLine joins the platform's words and the machine's. A panic and a

@@ -6,6 +6,7 @@ package vmmtest
 import (
 	"bytes"
 	"context"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
@@ -14,6 +15,7 @@ import (
 	"os"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -171,6 +173,12 @@ func (f *Fake) Start(ctx context.Context, m vmm.Machine) (vmm.Process, error) {
 			return nil, err
 		}
 	}
+	if m.NIC != nil {
+		if err := g.plugIn(*m.NIC); err != nil {
+			g.detach()
+			return nil, err
+		}
+	}
 	f.mu.Lock()
 	g.pid = fakeFirstPID + len(f.guests)
 	f.guests = append(f.guests, g)
@@ -219,6 +227,7 @@ type FakeGuest struct {
 	pid  int
 
 	drives []fakeDrive
+	card   *fakeCard // nil for none
 	work   sync.WaitGroup
 
 	printing sync.Mutex // one Write to the console at a time
@@ -285,6 +294,73 @@ func (g *FakeGuest) detach() {
 		}
 	}
 	g.drives = nil
+}
+
+// A fakeCard is the guest's network card.
+type fakeCard struct {
+	vmm.NIC
+	conn net.Conn
+	up   atomic.Bool
+	out  chan []byte
+}
+
+// cardQueue is how many frames wait for a host that reads none; then the card
+// drops, as real ones do.
+const cardQueue = 256
+
+// plugIn makes the card and gives its stream to whoever wants it.
+func (g *FakeGuest) plugIn(nic vmm.NIC) error {
+	host, guest, err := newStream()
+	if err != nil {
+		return err
+	}
+	if err := nic.Attach(host); err != nil {
+		guest.Close()
+		return err
+	}
+	c := &fakeCard{NIC: nic, conn: guest, out: make(chan []byte, cardQueue)}
+	g.card = c
+	g.work.Go(func() {
+		for {
+			select {
+			case f := <-c.out:
+				if _, err := c.conn.Write(append(binary.BigEndian.AppendUint32(nil, uint32(len(f))), f...)); err != nil {
+					return
+				}
+			case <-g.ended:
+				return
+			}
+		}
+	})
+	g.work.Go(func() {
+		var head [4]byte
+		frame := make([]byte, fakeMaxFrameBytes)
+		for {
+			if _, err := io.ReadFull(c.conn, head[:]); err != nil {
+				return
+			}
+			size := binary.BigEndian.Uint32(head[:])
+			if size > fakeMaxFrameBytes {
+				return
+			}
+			if _, err := io.ReadFull(c.conn, frame[:size]); err != nil {
+				return
+			}
+			if answer := guestops.EchoFrame(c.MAC, frame[:size]); answer != nil && c.up.Load() {
+				c.send(answer)
+			}
+		}
+	})
+	return nil
+}
+
+const fakeMaxFrameBytes = 128 << 10
+
+func (c *fakeCard) send(frame []byte) {
+	select {
+	case c.out <- frame:
+	default:
+	}
 }
 
 // Machine is what the driver was given.
@@ -355,6 +431,9 @@ func (g *FakeGuest) end(cause vmm.Cause, code int, output string) {
 	g.mu.Unlock()
 	go func() {
 		g.breakConns()
+		if g.card != nil {
+			g.card.conn.Close()
+		}
 		g.work.Wait()
 		g.printing.Lock() // the last Print is through
 		g.printing.Unlock()
@@ -625,6 +704,27 @@ func (o fakeOps) Read(marker string) (string, error) {
 func (o fakeOps) Trim(marker string) error {
 	_, err := o.drive(marker)
 	return err
+}
+
+func (o fakeOps) Card() (string, error) {
+	c := o.g.card
+	if c == nil {
+		return "", errors.New("no network card")
+	}
+	c.up.Store(true)
+	return fmt.Sprint(net.HardwareAddr(c.MAC[:]), " ", c.MTU), nil
+}
+
+func (o fakeOps) Flood(frames int) error {
+	c := o.g.card
+	if c == nil {
+		return errors.New("no network card")
+	}
+	frame := guestops.Frame([6]byte{2, 0, 0, 0, 0, 1}, c.MAC, make([]byte, c.MTU))
+	for range frames {
+		c.send(frame)
+	}
+	return nil
 }
 
 func trimZeros(b []byte) string { return string(bytes.TrimRight(b, "\x00")) }

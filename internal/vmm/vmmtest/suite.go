@@ -5,6 +5,7 @@ import (
 	"bytes"
 	"context"
 	"crypto/sha256"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
@@ -63,6 +64,7 @@ func Run(t *testing.T, h Harness) {
 		{"waiting for the agent", testWaiting},
 		{"agent restarts", testRestart},
 		{"drives", testDrives},
+		{"network card", testCard},
 		{"start refuses", testRefusals},
 		{"everything at once", testConcurrency},
 	} {
@@ -86,8 +88,14 @@ type machineUnderTest struct {
 // boot starts a machine, and ends it with the test.
 func boot(t *testing.T, h Harness, drives ...vmm.Drive) *machineUnderTest {
 	t.Helper()
+	return bootWith(t, h, func(m *vmm.Machine) { m.Drives = drives })
+}
+
+// bootWith is boot of a machine that the test has changed.
+func bootWith(t *testing.T, h Harness, change func(*vmm.Machine)) *machineUnderTest {
+	t.Helper()
 	m := h.Machine(t)
-	m.Drives = drives
+	change(&m)
 	u := &machineUnderTest{t: t, h: h, m: m, console: new(console)}
 	u.m.Console = u.console
 	p, err := h.New(t).Start(t.Context(), u.m)
@@ -279,6 +287,11 @@ func testStreams(t *testing.T, h Harness) {
 		t.Errorf("read past the deadline: %v", err)
 	}
 	conn.Close()
+
+	// A machine without a network card has none.
+	if text, err := u.ask("card"); err == nil {
+		t.Errorf("there is a network card: %q", text)
+	}
 
 	// What the guest opens is refused.
 	if _, err := u.ask("open"); err == nil || !strings.HasPrefix(err.Error(), "guest: ") {
@@ -776,6 +789,98 @@ func requireNoMoreGoroutines(t *testing.T, before int) {
 			stacks = slices.DeleteFunc(stacks, func(s string) bool { return strings.Contains(s, "testing.(*T).Run") })
 			t.Errorf("%d goroutines, %d before:\n%s", runtime.NumGoroutine(), before, strings.Join(stacks, "\n\n"))
 			return
+		}
+	}
+}
+
+// testCard sends frames of many sizes through a network card and back.
+func testCard(t *testing.T, h Harness) {
+	mac := [6]byte{2, 0x62, 0x61, 0, 0, 7}
+	host := [6]byte{2, 0, 0, 0, 0, 1}
+	const mtu = 65520 // what IPv4 and the Ethernet header leave of 64 KiB
+	attached := make(chan net.Conn, 2)
+	u := bootWith(t, h, func(m *vmm.Machine) {
+		m.NIC = &vmm.NIC{MAC: mac, MTU: mtu, Attach: func(c net.Conn) error { attached <- c; return nil }}
+	})
+	var conn net.Conn
+	select {
+	case conn = <-attached:
+	default:
+		t.Fatal("started, and nothing was attached")
+	}
+	defer conn.Close()
+	if got, want := u.must("card"), fmt.Sprint(net.HardwareAddr(mac[:]), " ", mtu); got != want {
+		t.Errorf("the guest's card is %q, want %q", got, want)
+	}
+	_ = conn.SetDeadline(time.Now().Add(u.h.BootTimeout))
+	r := bufio.NewReaderSize(conn, 256<<10)
+	// next skips what the guest's kernel says of its own accord.
+	next := func() []byte {
+		for {
+			var head [4]byte
+			if _, err := io.ReadFull(r, head[:]); err != nil {
+				t.Fatalf("reading frames: %v", err)
+			}
+			frame := make([]byte, binary.BigEndian.Uint32(head[:]))
+			if len(frame) > mtu+14 {
+				t.Fatalf("a frame of %d bytes with an MTU of %d", len(frame), mtu)
+			}
+			if _, err := io.ReadFull(r, frame); err != nil {
+				t.Fatalf("reading frames: %v", err)
+			}
+			if len(frame) >= 14 && frame[12] == guestops.EtherType>>8 && frame[13] == guestops.EtherType&0xff {
+				return frame
+			}
+		}
+	}
+	send := func(frames ...[]byte) {
+		var all []byte
+		for _, f := range frames {
+			all = append(binary.BigEndian.AppendUint32(all, uint32(len(f))), f...)
+		}
+		if _, err := conn.Write(all); err != nil {
+			t.Fatalf("writing frames: %v", err)
+		}
+	}
+	fill := rand.New(rand.NewPCG(uint64(mtu), 0))
+	for _, size := range []int{46, 47, 100, mtu - 1, mtu} {
+		payload := make([]byte, size)
+		for i := range payload {
+			payload[i] = byte(fill.Uint32())
+		}
+		// Several in one write, one of them not for this card.
+		send(guestops.Frame(host, host, payload), guestops.Frame(mac, host, payload), guestops.Frame(mac, host, payload))
+		for range 2 {
+			if got := next(); !bytes.Equal(got, guestops.Frame(host, mac, payload)) {
+				t.Errorf("a frame of %d bytes comes back with %d, or changed", size+14, len(got))
+			}
+		}
+	}
+	// A stream that nobody reads holds up the card and nothing else.
+	u.must("frames 2000")
+	u.must("port")
+	if err := u.p.Pause(t.Context()); err != nil {
+		t.Error(err)
+	}
+	if err := u.p.Resume(t.Context()); err != nil {
+		t.Error(err)
+	}
+	next()
+	u.kill()
+	_ = conn.SetDeadline(time.Now().Add(promptly))
+	if _, err := io.Copy(io.Discard, conn); errors.Is(err, os.ErrDeadlineExceeded) {
+		t.Errorf("the stream outlives the machine: %v", err)
+	}
+
+	// Who cannot attach has started nothing.
+	m := h.Machine(t)
+	refusal := errors.New("no network today")
+	m.NIC = &vmm.NIC{MAC: mac, MTU: 1500, Attach: func(c net.Conn) error { c.Close(); return refusal }}
+	if p, err := h.New(t).Start(t.Context(), m); !errors.Is(err, refusal) {
+		t.Errorf("start: %v, want the refusal", err)
+		if err == nil {
+			p.Kill()
+			<-p.Done()
 		}
 	}
 }

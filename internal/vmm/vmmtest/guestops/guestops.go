@@ -41,6 +41,32 @@ type Guest interface {
 	Write(marker, text string) error // a sector of a drive, flushed
 	Read(marker string) (text string, err error)
 	Trim(marker string) error
+	// Card names the network card, "MAC MTU", and has it send back every frame
+	// that EchoFrame has an answer to.
+	Card() (string, error)
+	// Flood sends that many frames of the longest kind.
+	Flood(frames int) error
+}
+
+// EtherType marks the frames of the suite: one that IEEE 802 leaves to
+// experiments.
+const EtherType = 0x88b5
+
+const ethernetBytes = 14
+
+// Frame is a frame of the suite.
+func Frame(dst, src [6]byte, payload []byte) []byte {
+	f := append(append(make([]byte, 0, ethernetBytes+len(payload)), dst[:]...), src[:]...)
+	return append(append(f, EtherType>>8, EtherType&0xff), payload...)
+}
+
+// EchoFrame is what a card with that MAC answers to a frame: nil to what is
+// not for it.
+func EchoFrame(mac [6]byte, frame []byte) []byte {
+	if len(frame) < ethernetBytes || [6]byte(frame) != mac || frame[12] != EtherType>>8 || frame[13] != EtherType&0xff {
+		return nil
+	}
+	return Frame([6]byte(frame[6:]), mac, frame[ethernetBytes:])
 }
 
 // Serve answers requests on conn, which it closes. port is the service number
@@ -86,6 +112,13 @@ func Serve(conn net.Conn, port uint32, g Guest) {
 			text, err = g.Read(arg)
 		case "trim":
 			err = g.Trim(arg)
+		case "card":
+			text, err = g.Card()
+		case "frames":
+			var n int
+			if n, err = strconv.Atoi(arg); err == nil {
+				err = g.Flood(n)
+			}
 		default:
 			err = fmt.Errorf("unknown request %q", op)
 		}

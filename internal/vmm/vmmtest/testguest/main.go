@@ -253,3 +253,78 @@ func (g *guest) Trim(marker string) error {
 	}
 	return nil
 }
+
+// card opens the first network card that is none of the kernel's own.
+func card() (link net.Interface, fd int, err error) {
+	links, err := net.Interfaces()
+	if err != nil {
+		return link, 0, err
+	}
+	for _, l := range links {
+		if l.Flags&net.FlagLoopback == 0 && len(l.HardwareAddr) == 6 {
+			link = l
+		}
+	}
+	if link.Name == "" {
+		return link, 0, errors.New("no network card")
+	}
+	control, err := unix.Socket(unix.AF_INET, unix.SOCK_DGRAM, 0)
+	if err != nil {
+		return link, 0, err
+	}
+	defer unix.Close(control)
+	ifr, err := unix.NewIfreq(link.Name)
+	if err != nil {
+		return link, 0, err
+	}
+	ifr.SetUint16(unix.IFF_UP | unix.IFF_RUNNING)
+	if err := unix.IoctlIfreq(control, unix.SIOCSIFFLAGS, ifr); err != nil {
+		return link, 0, err
+	}
+	protocol := uint16(guestops.EtherType&0xff<<8 | guestops.EtherType>>8) // htons
+	if fd, err = unix.Socket(unix.AF_PACKET, unix.SOCK_RAW, int(protocol)); err != nil {
+		return link, 0, err
+	}
+	return link, fd, unix.Bind(fd, &unix.SockaddrLinklayer{Protocol: protocol, Ifindex: link.Index})
+}
+
+func (g *guest) Card() (string, error) {
+	link, fd, err := card()
+	if err != nil {
+		return "", err
+	}
+	go func() {
+		buf := make([]byte, 128<<10)
+		for {
+			n, from, err := unix.Recvfrom(fd, buf, 0)
+			if err != nil {
+				return
+			}
+			if ll, ok := from.(*unix.SockaddrLinklayer); ok && ll.Pkttype == unix.PACKET_OUTGOING {
+				continue
+			}
+			if answer := guestops.EchoFrame([6]byte(link.HardwareAddr), buf[:n]); answer != nil {
+				_, _ = unix.Write(fd, answer)
+			}
+		}
+	}()
+	return fmt.Sprint(link.HardwareAddr, " ", link.MTU), nil
+}
+
+func (g *guest) Flood(frames int) error {
+	link, fd, err := card()
+	if err != nil {
+		return err
+	}
+	defer unix.Close(fd)
+	// A card whose queue is full takes no more: that is not waited for.
+	if err := unix.SetNonblock(fd, true); err != nil {
+		return err
+	}
+	mac := [6]byte(link.HardwareAddr)
+	frame := guestops.Frame([6]byte{2, 0, 0, 0, 0, 1}, mac, make([]byte, link.MTU))
+	for range frames {
+		_, _ = unix.Write(fd, frame)
+	}
+	return nil
+}
