@@ -97,18 +97,23 @@ func TestBadVMM(t *testing.T) {
 	needNamespace(t)
 	leakCheck(t)
 	n := newNetwork(t, "one", 0, "")
-	for name, bytes := range map[string][]byte{
-		"an impossible length":      {0xff, 0xff, 0xff, 0xff},
-		"one past the longest":      binary.BigEndian.AppendUint32(nil, maxClaimBytes+1),
-		"half a length":             {0, 0},
-		"a frame that does not end": {0, 0, 0, 60, 1, 2, 3},
+	for name, row := range map[string]struct {
+		bytes []byte
+		ends  bool // the VMM goes then
+	}{
+		"an impossible length":      {[]byte{0xff, 0xff, 0xff, 0xff}, false},
+		"one past the longest":      {append(binary.BigEndian.AppendUint32(nil, maxClaimBytes+1), make([]byte, maxClaimBytes+1)...), false},
+		"half a length":             {[]byte{0, 0}, true},
+		"a frame that does not end": {[]byte{0, 0, 0, 60, 1, 2, 3}, true},
 	} {
 		ours, theirs := socketPair(t)
 		if err := n.Attach(ours); err != nil {
 			t.Fatalf("%s: %v", name, err)
 		}
-		_, _ = theirs.Write(bytes)
-		_ = theirs.(*net.UnixConn).CloseWrite()
+		_, _ = theirs.Write(row.bytes)
+		if row.ends {
+			_ = theirs.(*net.UnixConn).CloseWrite()
+		}
 		_ = theirs.SetReadDeadline(time.Now().Add(promptly))
 		if _, err := theirs.Read(make([]byte, 1)); err == nil || strings.Contains(err.Error(), "timeout") {
 			t.Errorf("%s: the port stays: %v", name, err)
@@ -123,6 +128,29 @@ func TestBadVMM(t *testing.T) {
 	g := newGuest(t, n) // and the next one is served
 	if err := g.ping(g.addr.Gateway4.String(), promptly); err != nil {
 		t.Error(err)
+	}
+}
+
+// A connection that the guest begins and never completes ends with it.
+func TestHalfOpen(t *testing.T) {
+	w := newWorld(t)
+	w.wan.serveEcho(t, net.JoinHostPort(inet4, "80"))
+	n := newNetwork(t, "one", 0, "")
+	ours, theirs := socketPair(t)
+	if err := n.Attach(ours); err != nil {
+		t.Fatal(err)
+	}
+	// No stack is at this end that could answer with a reset.
+	(&guest{t: t, n: n, conn: theirs, addr: n.link.addr}).rawIP().syn(netip.MustParseAddr(inet4), 80)
+	_ = theirs.SetReadDeadline(time.Now().Add(promptly))
+	if _, err := theirs.Read(make([]byte, 100)); err != nil {
+		t.Fatalf("no answer to a SYN: %v", err)
+	}
+	theirs.Close()
+	for began := time.Now(); n.Attached(); time.Sleep(time.Millisecond) {
+		if time.Since(began) > promptly {
+			t.Fatal("the port stays")
+		}
 	}
 }
 
