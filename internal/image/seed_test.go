@@ -5,7 +5,6 @@ import (
 	"errors"
 	"io/fs"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -208,73 +207,5 @@ func TestReplaceSeed(t *testing.T) {
 	src, ref = reference(t, "rootfs:"+home, home)
 	if got, err := im.ReplaceSeed(t.Context(), "one", src, ref); err != nil || got.WorkSeed == "" {
 		t.Errorf("%+v, %v", got, err)
-	}
-}
-
-// The bootstrap leaves alone what has an address, and asks the first client
-// there is for the rest.
-func TestNetworkBootstrap(t *testing.T) {
-	for _, row := range []struct {
-		name, clients, want string
-		haveIP              bool
-	}{
-		{"dhclient before udhcpc", "dhclient udhcpc", "ip link set lo up\nip link set eth0 up\ndhclient -nw eth0\nip link set eth1 up\n", true},
-		{"udhcpc alone", "udhcpc", "ip link set lo up\nip link set eth0 up\nudhcpc -b -i eth0\nip link set eth1 up\n", true},
-		{"networkd", "networkctl systemctl", "ip link set lo up\nip link set eth0 up\nsystemctl start --no-block systemd-networkd.service\nip link set eth1 up\n", true},
-		{"no client", "", "ip link set lo up\nip link set eth0 up\nip link set eth1 up\n", true},
-		{"no ip", "dhclient", "", false},
-	} {
-		t.Run(row.name, func(t *testing.T) {
-			dir := t.TempDir()
-			script, err := guestFiles.ReadFile("guestfiles/banger-network-bootstrap")
-			if err != nil {
-				t.Fatal(err)
-			}
-			// Its PATH is fixed; here only our own programs are in it, and the few
-			// that the script needs.
-			text := strings.Replace(string(script), "\nPATH=", "\nPATH="+dir+"/bin\n#", 1)
-			write := func(name, body string) {
-				path := filepath.Join(dir, name)
-				if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
-					t.Fatal(err)
-				}
-				if err := os.WriteFile(path, []byte(body), 0o755); err != nil {
-					t.Fatal(err)
-				}
-			}
-			for _, name := range []string{"cat", "mkdir"} {
-				path, err := exec.LookPath(name)
-				if err != nil {
-					t.Fatal(err)
-				}
-				write("bin/"+name, "#!/bin/sh\nexec "+path+" \"$@\"\n")
-			}
-			note := "#!/bin/sh\necho \"${0##*/} $*\" >>" + dir + "/log\n"
-			if row.haveIP {
-				write("bin/ip", "#!/bin/sh\ncase \"$*\" in *addr*eth1*) echo address;; *addr*) ;; *) echo \"ip $*\" >>"+dir+"/log;; esac\n")
-			}
-			for name := range strings.FieldsSeq(row.clients) {
-				write("bin/"+name, note)
-			}
-			for dev, kind := range map[string]string{"lo": "772", "eth0": "1", "eth1": "1", "sit0": "776", "br0": "1"} {
-				write("net/"+dev+"/type", kind+"\n")
-				if dev != "br0" && dev != "lo" {
-					write("net/"+dev+"/device", "")
-				}
-			}
-			write("bootstrap", text)
-			cmd := exec.Command("/bin/sh", filepath.Join(dir, "bootstrap"))
-			cmd.Env = []string{"SYS=" + dir + "/net", "RUN=" + dir + "/run"}
-			if out, err := cmd.CombinedOutput(); err != nil {
-				t.Fatalf("%v\n%s", err, out)
-			}
-			log, err := os.ReadFile(filepath.Join(dir, "log"))
-			if err != nil && row.want != "" {
-				t.Fatal(err)
-			}
-			if string(log) != row.want {
-				t.Errorf("it ran\n%swant\n%s", log, row.want)
-			}
-		})
 	}
 }

@@ -1,6 +1,7 @@
 package usernet
 
 import (
+	"context"
 	"encoding/binary"
 	"fmt"
 	"io"
@@ -110,8 +111,10 @@ func (g *kernelGuest) run(args ...string) (string, error) {
 	var out []byte
 	var err error
 	g.in(func() {
-		cmd := exec.CommandContext(g.t.Context(), args[0], args[1:]...)
-		cmd.WaitDelay = time.Second
+		ctx, cancel := context.WithTimeout(g.t.Context(), 2*promptly)
+		defer cancel()
+		cmd := exec.CommandContext(ctx, args[0], args[1:]...)
+		cmd.WaitDelay = time.Second // a child of its may hold the pipe
 		out, err = cmd.CombinedOutput()
 	})
 	return string(out[:min(len(out), maxTestOutput)]), err
