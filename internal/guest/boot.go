@@ -440,6 +440,9 @@ func (b *boot) handOver(init initChoice) error {
 	if err := bringUpLoopback(); err != nil {
 		return err
 	}
+	if err := b.configureNetwork(); err != nil {
+		return err
+	}
 	told, err := startAgent(agentOrder{Token: b.config.Token, Init: init, Events: b.journal.events})
 	if err != nil {
 		return err

@@ -40,6 +40,7 @@ const (
 var modulesNeeded = []string{
 	"drivers/virtio/virtio_ring.ko", "drivers/virtio/virtio.ko", "drivers/virtio/virtio_mmio.ko",
 	"drivers/block/virtio_blk.ko", "drivers/char/virtio_console.ko", "fs/overlayfs/overlay.ko",
+	"net/core/failover.ko", "drivers/net/net_failover.ko", "drivers/net/virtio_net.ko",
 }
 
 // missing skips a test for want of a tool, and fails where none may be missing.
@@ -223,6 +224,10 @@ func (v *vm) start() {
 		fmt.Sprintf("console=ttyS0 reboot=t panic=-1 quiet loglevel=4 tsc=reliable tsc_early_khz=%d no_timer_check cryptomgr.notests", tscKHz()),
 		"-chardev", "socket,id=ag,path=" + sock + ",server=on,wait=off",
 		"-device", "virtio-serial-device", "-device", "virtserialport,chardev=ag,name=" + wire.PortName,
+	}
+	if n := v.config.Network; n != nil {
+		// A card with nothing at its other end.
+		args = append(args, "-netdev", "hubport,id=net,hubid=0", "-device", "virtio-net-device,netdev=net,mac="+n.MAC)
 	}
 	// Not in the order of the configuration: the UUIDs decide.
 	for _, name := range []string{"work", "drive", "base", "overlay"} {
@@ -456,6 +461,7 @@ func busyboxRoot(t *testing.T) string {
 // TestBootReaper boots a root with a shell and no init to ask for.
 func TestBootReaper(t *testing.T) {
 	v := newVM(t, busyboxRoot(t))
+	v.config.Network = testNetwork()
 	before := v.baseSum()
 	v.start()
 	v.awaitStage(stageInit)
@@ -478,6 +484,10 @@ func TestBootReaper(t *testing.T) {
 		{"grep ' / ' /proc/mounts | cut -d' ' -f1-3", "overlay / overlay\n"},
 		{"cat /proc/cmdline | grep -c testvm", ""},
 		{"ip addr show lo | grep -c 127.0.0.1", "1\n"},
+		{"ip addr show eth0 | grep -o -e 'mtu [0-9]*' -e 'inet6* [0-9a-f.:/]*' | grep -v fe80", "mtu 65520\ninet 10.87.0.30/30\ninet6 fd62:616e:6765:7::2/64\n"},
+		{"ip route | grep default", "default via 10.87.0.29 dev eth0 \n"},
+		{"cat /etc/resolv.conf", "search banger corp.example\nnameserver 10.87.0.29\nnameserver fd62:616e:6765:7::1\n"},
+		{"grep testvm /etc/hosts", "10.87.0.30\ttestvm.banger testvm # banger\n"},
 		{"cat /proc/self/oom_score_adj; umask", "0\n0022\n"},
 		{"ls /proc/self/fd | wc -l", "4\n"}, // 0, 1, 2 and ls's own
 		{"echo data > /root/kept; ln /etc/passwd /etc/passwd2; stat -c %h /etc/passwd", "2\n"},
@@ -636,8 +646,13 @@ func debianVM(t *testing.T) *vm {
 // TestBootSystemd boots Debian twice on the same disks.
 func TestBootSystemd(t *testing.T) {
 	v := debianVM(t)
+	v.config.Network = testNetwork()
 	v.start()
 	v.awaitStage(stageInit)
+	if out := v.sh("hostname -I; getent hosts testvm; cat /etc/resolv.conf"); out != "10.87.0.30 fd62:616e:6765:7::2 \n"+
+		"10.87.0.30      testvm.banger testvm\nsearch banger corp.example\nnameserver 10.87.0.29\nnameserver fd62:616e:6765:7::1\n" {
+		t.Errorf("the network: %q", out)
+	}
 	if out := v.sh("cat /proc/1/comm; systemctl is-system-running; systemctl list-units --failed --no-legend; systemd-detect-virt --container || true"); !strings.HasPrefix(out, "systemd\nrunning\n") {
 		t.Errorf("init: %q", out)
 	}

@@ -43,10 +43,11 @@ func (b *boot) personalise(init initChoice) error {
 	} else {
 		name = "localhost"
 	}
-	if data, err := readBounded("/etc/hosts", maxEtcFileBytes); errors.Is(err, fs.ErrNotExist) || err == nil && len(bytes.TrimSpace(data)) == 0 {
-		if err := replaceFile("/etc/hosts", []byte(hostsFile(name)), 0o644); err != nil {
-			return err
-		}
+	if err := b.nameSelf(name); err != nil {
+		return err
+	}
+	if err := b.nameNetwork(); err != nil {
+		return err
 	}
 	if err := b.freshMachineID(init); err != nil {
 		return err
@@ -144,14 +145,6 @@ func keepFile(path, text string) error {
 func validHostname(s string) bool {
 	return s != "" && len(s) <= maxHostnameBytes && s[0] != '-' && s[0] != '.' &&
 		strings.Trim(s, "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-.") == ""
-}
-
-func hostsFile(name string) string {
-	text := "127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\nff02::1\tip6-allnodes\nff02::2\tip6-allrouters\n"
-	if name != "localhost" {
-		text += "127.0.1.1\t" + name + "\n"
-	}
-	return text
 }
 
 // freshMachineID gives a VM of a systemd image its own machine-id(5) at its

@@ -97,7 +97,7 @@ func testPulled(t *testing.T, ks *Kernels, suite string) {
 		t.Fatalf("second pull: %+v, %v", again, err)
 	}
 	names := strings.Join(k.LoadModules(), " ")
-	want := []string{"virtio_mmio", "virtio_blk", "overlay"}
+	want := []string{"virtio_mmio", "virtio_blk", "failover", "net_failover", "virtio_net", "overlay"}
 	if suite == "bookworm" { // built in since
 		want = append([]string{"virtio_ring", "virtio", "virtio_console"}, want...)
 	}

@@ -493,10 +493,10 @@ func readBuiltin(lists map[string][]byte) (names []string, aliases []builtinAlia
 	return names, aliases
 }
 
-// bootModules are what a guest needs to reach its root and its channel, in the
-// order of loading; the rest it finds on the modules drive. Debian's cloud
+// bootModules are what a guest needs to reach its root, its channel and its
+// network before its init starts, in the order of loading; the rest it finds on the modules drive. Debian's cloud
 // kernel has ext4 built in; other kernels do not.
-var bootModules = []string{"virtio_ring", "virtio", "virtio_mmio", "virtio_blk", "virtio_console", "ext4", "overlay"}
+var bootModules = []string{"virtio_ring", "virtio", "virtio_mmio", "virtio_blk", "virtio_console", "virtio_net", "ext4", "overlay"}
 
 // bootOrder returns the modules to load in the initramfs, each after what it
 // needs. What is built in or missing is left out.

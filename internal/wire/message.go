@@ -126,6 +126,9 @@ type BootConfig struct {
 	Work    string `json:"work"`
 	Modules string `json:"modules,omitempty"`
 
+	// Network is the guest's network card; nil if it has none.
+	Network *Network `json:"network,omitempty"`
+
 	// LoadModules are paths in the initramfs, in the order to load them.
 	// A module that is already there is no error.
 	LoadModules []string `json:"load_modules"`
@@ -153,4 +156,14 @@ func IsShell(command []string) bool {
 		}
 	}
 	return true
+}
+
+// Network is how the guest's one network card is set before its init starts.
+type Network struct {
+	MAC       string   `json:"mac"`       // by which the card is found
+	MTU       int      `json:"mtu"`       // 0 leaves it
+	Addresses []string `json:"addresses"` // with their prefix length, IPv4 and IPv6
+	Gateways  []string `json:"gateways"`  // default routes, at most one for each version of IP
+	DNS       []string `json:"dns"`
+	Search    []string `json:"search,omitempty"` // the first is the domain of the guest's own name
 }
