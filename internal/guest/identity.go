@@ -90,6 +90,7 @@ var needless = []string{
 var foreign = []string{
 	"/etc/modules-load.d/banger-vsock.conf",
 	"/etc/systemd/system/multi-user.target.wants/banger-vsock-agent.service",
+	"/etc/systemd/system/multi-user.target.wants/banger-network.service",
 }
 
 // forSystemd takes from systemd what is done already, or for nothing. The

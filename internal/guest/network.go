@@ -61,7 +61,7 @@ func findCard(mac string, limit time.Duration) (net.Interface, error) {
 			}
 		}
 		if time.Now().After(end) {
-			return net.Interface{}, fmt.Errorf("none with the address %s (is the kernel without virtio_net?)", mac)
+			return net.Interface{}, fmt.Errorf("none with the address %s (is the kernel without virtio_net? `banger kernel pull` brings one that has it)", mac)
 		}
 	}
 }

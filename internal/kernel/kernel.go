@@ -59,13 +59,18 @@ type Kernel struct {
 
 	dir  string
 	boot []string // names below boot/, in load order
+	// wanted is what bootModules was when it was unpacked.
+	wanted []string
 }
 
 // record is the content of kernel.json.
 type record struct {
-	Version     string    `json:"version"`
-	Source      string    `json:"source"`
-	Package     string    `json:"package,omitempty"` // NAME VERSION
+	Version string `json:"version"`
+	Source  string `json:"source"`
+	Package string `json:"package,omitempty"` // NAME VERSION
+	// Wanted are the modules that were looked for, by name: a later release may
+	// need more.
+	Wanted      []string  `json:"wanted_modules,omitempty"`
 	ModulesUUID string    `json:"modules_uuid,omitempty"`
 	BootModules []string  `json:"boot_modules,omitempty"`
 	SizeBytes   int64     `json:"size_bytes"`
@@ -156,9 +161,9 @@ func (ks *Kernels) pull(ctx context.Context, suite string, progress func(Progres
 	case old.Source == sourceImport:
 		return nil, banger.Errorf(banger.CodeConflict, "kernel %s: an imported kernel has that release", release).
 			WithHint("banger kernel rm %s", release)
-	case old.Package == label:
+	case old.Package == label && slices.Equal(old.wanted, bootModules):
 		return old, ks.moveDefault(old)
-	default: // the same release, built anew
+	default: // the same release built anew, or unpacked for guests that needed less
 		replaces = old.dir
 	}
 
@@ -327,7 +332,7 @@ func installModules(ctx context.Context, dir string, tree *moduleTree, r *record
 	if len(boot) > maxBootModules {
 		return fmt.Errorf("kernel %s: %d modules needed to boot, the limit is %d", r.Version, len(boot), maxBootModules)
 	}
-	r.ModulesUUID = uuid
+	r.ModulesUUID, r.Wanted = uuid, bootModules
 	r.SizeBytes += st.Size()
 	if err := os.Mkdir(filepath.Join(dir, bootDir), 0o700); err != nil {
 		return err
@@ -377,6 +382,7 @@ func (ks *Kernels) load(version string) (*Kernel, error) {
 		ModulesUUID: r.ModulesUUID,
 		dir:         dir,
 		boot:        r.BootModules,
+		wanted:      r.Wanted,
 	}
 	if r.ModulesUUID != "" {
 		k.Modules = filepath.Join(dir, driveFile)
