@@ -107,10 +107,20 @@ func New(cfg Config) (*Network, error) {
 	}, nil
 }
 
+// attachWait is how long the next VMM waits for the end of the one before it,
+// which has gone and is being cleared away.
+const attachWait = 2 * time.Second
+
 // Attach gives the network its guest: a stream of frames from and to a VMM, as
 // QEMU's -netdev stream has it. The network owns conn. There is one at a time;
 // when it ends, what the guest had open ends with it and another may come.
 func (n *Network) Attach(conn net.Conn) error {
+	if p := n.current(); p != nil {
+		select {
+		case <-p.done:
+		case <-time.After(attachWait):
+		}
+	}
 	n.portMu.Lock()
 	defer n.portMu.Unlock()
 	if n.isDone || n.port != nil {
