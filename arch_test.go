@@ -36,7 +36,7 @@ var rooms = map[string]struct {
 	"banger/internal/api":                   {[]string{"banger", "banger/internal/store", "banger/internal/wire"}, "types and transport only, and of the store the address of the daemon"},
 	"banger/internal/doctor":                {[]string{"banger", "banger/internal/store", "banger/internal/vm", "banger/internal/vmm"}, "it looks at the host and at records, and changes nothing"},
 	"banger/internal/cli":                   {[]string{"banger", "banger/internal/api", "banger/internal/wire"}, "two writers of one state folder is how VMs get lost"},
-	"banger/internal/daemon":                {[]string{"banger", "banger/internal/api", "banger/internal/doctor", "banger/internal/image", "banger/internal/kernel", "banger/internal/oci", "banger/internal/store", "banger/internal/vm", "banger/internal/vmm", "banger/internal/vmm/qemu", "banger/internal/wire"}, "the one place where rooms are joined"},
+	"banger/internal/daemon":                {[]string{"banger", "banger/internal/api", "banger/internal/doctor", "banger/internal/image", "banger/internal/kernel", "banger/internal/oci", "banger/internal/store", "banger/internal/usernet", "banger/internal/vm", "banger/internal/vmm", "banger/internal/vmm/qemu", "banger/internal/wire"}, "the one place where rooms are joined"},
 	"banger/cmd/banger":                     {[]string{"banger/internal/cli"}, "wiring"},
 	"banger/cmd/bangerd":                    {[]string{"banger/internal/daemon"}, "wiring"},
 	"banger/cmd/banger-vsock-agent":         {[]string{"banger/internal/guest"}, "wiring"},

@@ -3,7 +3,10 @@
 // only the standard library. It is not yet a stable API; package ext4 is.
 package banger
 
-import "time"
+import (
+	"net/netip"
+	"time"
+)
 
 // An Image is a base image in the store, as `banger image inspect` shows it.
 type Image struct {
@@ -76,6 +79,8 @@ type VM struct {
 	Ephemeral   bool     `json:"ephemeral"`         // removed when it stops
 	Disks       []Disk   `json:"disks"`
 	Ports       []Port   `json:"ports"`
+	Net         string   `json:"net"`       // what its guest may reach, as --net takes it
+	Addresses   []string `json:"addresses"` // of its guest
 
 	PID     int        `json:"pid"`     // of the VMM; 0 where none runs
 	Created time.Time  `json:"created"` // when its disks were made
@@ -98,6 +103,20 @@ type Port struct {
 	HostAddr  string `json:"host_addr"`
 	HostPort  uint16 `json:"host_port"`
 	GuestPort uint16 `json:"guest_port"`
+}
+
+// A Denial is something the guest wanted and did not get. Equal ones are one,
+// counted. Names were answered by our DNS; they hold printable ASCII alone.
+type Denial struct {
+	First  time.Time      `json:"first"`
+	Last   time.Time      `json:"last"`
+	Count  int            `json:"count"`
+	Proto  string         `json:"proto"`           // tcp, udp, icmp, dns, or spoof for a packet under a false source
+	To     netip.AddrPort `json:"to,omitzero"`     // port 0 where there is none
+	From   netip.Addr     `json:"from,omitzero"`   // of a spoof
+	Names  []string       `json:"names,omitempty"` // for which the address was answered, or the one asked for
+	Reason string         `json:"reason"`
+	Flag   string         `json:"flag,omitempty"` // what would allow it; empty if nothing does
 }
 
 // Confinement is what keeps a VMM from the rest of the host: what was really
@@ -170,6 +189,13 @@ type Spec struct {
 	Accel       Accel  `json:"accel,omitempty"`
 	Init        string `json:"init,omitempty"` // auto, image, agent
 	Kernel      string `json:"kernel,omitempty"`
+	// Net is the policy of the guest's network as --net takes it; "" is public.
+	Net string `json:"net,omitempty"`
+	// AllowHost are ports of the host's loopback that the guest reaches at
+	// host.banger, and Ports are ports of the host that lead to the guest, as
+	// -p takes them.
+	AllowHost []uint16 `json:"allow_host,omitempty"`
+	Ports     []string `json:"ports,omitempty"`
 	// Command takes the place of the image's Cmd in the VM's main command.
 	Command []string `json:"command,omitempty"`
 }

@@ -38,6 +38,11 @@ const (
 	MethodLogs    = "vm.logs"
 	MethodStats   = "vm.stats"
 
+	MethodPorts   = "vm.ports"    // what is open
+	MethodPortAdd = "vm.port.add" // until the VM stops
+	MethodPortRm  = "vm.port.remove"
+	MethodNetLog  = "vm.net.log"
+
 	// Of a VM's supervisor.
 	MethodExec = "exec"
 )
@@ -173,6 +178,22 @@ type VMParams struct {
 // VMs is a list.
 type VMs struct {
 	VMs []banger.VM `json:"vms"`
+}
+
+// PortParams names a VM and ports of it, as -p takes them.
+type PortParams struct {
+	Name  string   `json:"name"`
+	Ports []string `json:"ports,omitempty"`
+}
+
+// Ports is a list.
+type Ports struct {
+	Ports []banger.Port `json:"ports"`
+}
+
+// NetLog is what a VM's network has denied.
+type NetLog struct {
+	Denials []banger.Denial `json:"denials"`
 }
 
 // LogParams asks for a log, which comes as FrameStdout.

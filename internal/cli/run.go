@@ -35,6 +35,8 @@ type machineFlags struct {
 	memory string
 	accel  string
 	name   string
+
+	allowHost []string
 }
 
 func (m *machineFlags) add(cmd *cobra.Command) {
@@ -47,6 +49,7 @@ func (m *machineFlags) add(cmd *cobra.Command) {
 	f.StringVar(&m.spec.Kernel, "kernel", "", "boot the kernel `VERSION` (default: the default of `banger kernel ls`)")
 	f.StringVar(&m.spec.Init, "init", "auto", "let `WHO` be the guest's init: auto, image or agent")
 	f.StringVar(&m.spec.Hostname, "hostname", "", "call the guest `NAME`")
+	m.networkFlags(cmd)
 }
 
 // complete makes the spec of what was parsed.
@@ -66,7 +69,7 @@ func (m *machineFlags) complete(cmd *cobra.Command, image string) error {
 	}
 	m.spec.Accel = banger.Accel(m.accel)
 	m.spec.Image = image
-	return nil
+	return m.completeNetwork()
 }
 
 // prepare finds the image and the kernel, and gets what is missing with this

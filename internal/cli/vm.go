@@ -26,7 +26,7 @@ func vmCommands() []*cobra.Command {
 	return []*cobra.Command{
 		runCommand(), createCommand(), startCommand(), stopCommand(), restartCommand(), killCommand(),
 		pauseCommand(), resumeCommand(), removeCommand(), listCommand(), execCommand(), shellCommand(),
-		logsCommand(), inspectCommand(), statsCommand(),
+		logsCommand(), inspectCommand(), statsCommand(), portsCommand(),
 	}
 }
 

@@ -290,6 +290,10 @@ func (r *resident) routes() map[string]api.Handler {
 		api.MethodAttach:  m.told(m.one(m.attachCall)),
 		api.MethodInspect: m.told(m.one(m.inspectCall)),
 		api.MethodList:    m.told(m.list),
+		api.MethodPorts:   m.ports(supervisorPorts),
+		api.MethodPortAdd: m.ports(supervisorPortAdd),
+		api.MethodPortRm:  m.ports(supervisorPortRm),
+		api.MethodNetLog:  m.netLog,
 		api.MethodLogs:    m.logs,
 		api.MethodStats:   m.stats,
 	}

@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
 	"net"
 	"os"
 	"os/signal"
@@ -65,7 +66,8 @@ type supervisor struct {
 	rec  vm.Record
 	v    *vm.VM
 	out  *vm.Log
-	info vmm.Info // of the driver
+	info vmm.Info   // of the driver
+	net  *vmNetwork // nil for a VM that has none
 
 	bare   bool // of this start
 	leased chan struct{}
@@ -148,6 +150,7 @@ func supervise(id string, newDriver func() (vmm.Driver, error)) error {
 		}
 	})
 	go sup.accept(ctx, l)
+	sup.work.Go(func() { sup.findPeers(ctx, s) })
 	// Whoever ends this process in an orderly way ends the VM so.
 	signals := make(chan os.Signal, 1)
 	signal.Notify(signals, syscall.SIGTERM, syscall.SIGINT, syscall.SIGHUP)
@@ -244,6 +247,15 @@ func (sup *supervisor) open(s *store.Store, id string, newDriver func() (vmm.Dri
 	if err != nil {
 		return release, err
 	}
+	var card *vmm.NIC
+	var guest *wire.Network
+	if sup.rec.Net > 0 {
+		if sup.net, err = openNetwork(sup.rec); err != nil {
+			return release, err
+		}
+		undo = append(undo, func() { sup.net.Close() })
+		card, guest = &sup.net.card, &sup.net.guest
+	}
 	var grace time.Duration
 	if sup.rec.Ephemeral {
 		grace = ephemeralGrace
@@ -252,9 +264,13 @@ func (sup *supervisor) open(s *store.Store, id string, newDriver func() (vmm.Dri
 		ID: id, Store: s, Spec: spec, Config: sup.rec.Config, Disks: sup.rec.Disks,
 		Rootfs: im.Rootfs, RootUUID: im.UUID, Kernel: k, Agent: agent, Driver: driver, Grace: grace,
 		Life: life, ConsoleLog: console,
+		NIC: card, Network: guest,
 		Save: func(l vm.Life) error {
 			if !vm.Rests(l.State) {
 				l.Supervisor = me
+				if sup.net != nil {
+					l.Ports = sup.net.ports()
+				}
 			}
 			return vm.SaveLife(s, id, l)
 		},
@@ -344,7 +360,7 @@ func (sup *supervisor) routes() map[string]api.Handler {
 	plain := func(f func(ctx context.Context, c *api.Call) error) api.Handler {
 		return func(ctx context.Context, c *api.Call) (any, error) { return api.None{}, f(ctx, c) }
 	}
-	return map[string]api.Handler{
+	out := map[string]api.Handler{
 		supervisorWait: plain(func(ctx context.Context, c *api.Call) error {
 			select {
 			case <-sup.over:
@@ -373,6 +389,8 @@ func (sup *supervisor) routes() map[string]api.Handler {
 		supervisorResume: plain(func(ctx context.Context, _ *api.Call) error { return sup.v.Resume(ctx) }),
 		supervisorServe:  plain(sup.serve),
 	}
+	maps.Copy(out, sup.networkRoutes())
+	return out
 }
 
 // serve takes over a connection of the user's, and answers one call on it.

@@ -18,6 +18,7 @@ import (
 	"banger"
 	"banger/internal/api"
 	"banger/internal/store"
+	"banger/internal/usernet"
 	"banger/internal/vm"
 )
 
@@ -56,6 +57,7 @@ type manager struct {
 type entry struct {
 	id  string
 	rec vm.Record // does not change
+	net int       // rec.Net, from before there is a record; under manager.mu
 	// broken is why the records cannot be read. Nothing is done with such a VM
 	// but showing it and, when forced, removing it.
 	broken error
@@ -176,6 +178,7 @@ func (m *manager) takeUp(id string) error {
 	}
 	m.mu.Lock()
 	m.byID[id] = e
+	e.net = e.rec.Net
 	if e.broken == nil {
 		if other := m.byName[e.rec.Name]; other != nil {
 			e.broken = fmt.Errorf("VM %s: the VM %s has the name %q too", id, other.id, e.rec.Name)
@@ -275,16 +278,26 @@ func (m *manager) supervisorOf(e *entry) (*api.Client, error) {
 	if err != nil {
 		return nil, err
 	}
-	if life.Supervisor == nil || !life.Supervisor.Alive() {
-		return nil, fmt.Errorf("VM %s: it has no supervisor (any more)", e.name())
+	c, err := dialSupervisor(m.store, e.id, life)
+	if err != nil {
+		return nil, fmt.Errorf("VM %s: %w", e.name(), err)
 	}
-	conn, err := api.Dial(m.store.VM(e.id), store.SupervisorSocket)
+	return c, nil
+}
+
+// dialSupervisor connects to the supervisor that a life names, and to no other
+// process.
+func dialSupervisor(s *store.Store, id string, life vm.Life) (*api.Client, error) {
+	if life.Supervisor == nil || !life.Supervisor.Alive() {
+		return nil, errors.New("it has no supervisor (any more)")
+	}
+	conn, err := api.Dial(s.VM(id), store.SupervisorSocket)
 	if err != nil {
 		return nil, err
 	}
 	if pid, err := api.Peer(conn); err != nil || pid != life.Supervisor.PID {
 		conn.Close()
-		return nil, fmt.Errorf("VM %s: process %d listens on its socket, its supervisor is %d (%v)", e.name(), pid, life.Supervisor.PID, err)
+		return nil, fmt.Errorf("process %d listens on its socket, its supervisor is %d (%v)", pid, life.Supervisor.PID, err)
 	}
 	return api.NewClient(conn), nil
 }
@@ -402,9 +415,12 @@ func (m *manager) reserve(ctx context.Context, name string) (*entry, string, err
 		}
 		other := m.byName[given]
 		if other == nil {
-			m.byName[given] = e
+			err := m.number(e)
+			if err == nil {
+				m.byName[given] = e
+			}
 			m.mu.Unlock()
-			return e, given, nil
+			return e, given, err
 		}
 		m.mu.Unlock()
 		other.mu.Lock()
@@ -420,6 +436,24 @@ func (m *manager) reserve(ctx context.Context, name string) (*entry, string, err
 			return nil, "", context.Cause(ctx)
 		}
 	}
+}
+
+// number gives a VM that is being made the first number that is free for its
+// addresses. The caller holds mu.
+func (m *manager) number(e *entry) error {
+	taken := make(map[int]bool)
+	for _, all := range []map[string]*entry{m.byID, m.byName} {
+		for _, other := range all {
+			taken[other.net] = true
+		}
+	}
+	for n := 1; n < usernet.MaxVMs; n++ {
+		if !taken[n] {
+			e.net = n
+			return nil
+		}
+	}
+	return banger.Errorf(banger.CodeUnavailable, "network: no addresses are left for another VM").WithHint("`banger rm` removes VMs")
 }
 
 // make makes a VM: the name first, then the disks with the records in one
@@ -447,6 +481,9 @@ func (m *manager) make(ctx context.Context, p api.CreateParams, ofRun bool) (e *
 	if err != nil {
 		return nil, err
 	}
+	if err := checkNetwork(p.Spec); err != nil {
+		return nil, err
+	}
 	made, name, err := m.reserve(ctx, p.Name)
 	if err != nil {
 		return nil, err
@@ -467,7 +504,7 @@ func (m *manager) make(ctx context.Context, p api.CreateParams, ofRun bool) (e *
 	e.rec = vm.Record{
 		ID: e.id, Name: name, Ephemeral: p.Ephemeral, OfRun: ofRun, Spec: vm.Complete(spec, e.id),
 		ImageID: im.ID, RootUUID: fmt.Sprintf("%x", im.UUID), Kernel: k.Version,
-		Config: im.Config, Main: mainOf(im.Config, spec),
+		Config: im.Config, Main: mainOf(im.Config, spec), Net: made.net,
 	}
 	if err := context.Cause(ctx); err != nil {
 		return nil, err
@@ -806,7 +843,7 @@ func (m *manager) holdResting(ctx context.Context, e *entry) (*os.File, error) {
 // show is a VM as the user sees it.
 func (m *manager) show(e *entry) banger.VM {
 	if e.broken != nil {
-		return banger.VM{ID: e.id, Name: e.id, State: banger.StateFailed, Reason: e.broken.Error(), Disks: []banger.Disk{}, Ports: []banger.Port{}}
+		return banger.VM{ID: e.id, Name: e.id, State: banger.StateFailed, Reason: e.broken.Error(), Disks: []banger.Disk{}, Ports: []banger.Port{}, Addresses: []string{}}
 	}
 	life, rested := m.look(e)
 	r := e.rec
@@ -815,10 +852,17 @@ func (m *manager) show(e *entry) banger.VM {
 		Image: r.Spec.Image, ImageID: r.ImageID, Kernel: r.Kernel,
 		Driver: life.Driver, Accel: life.Accel, CPUs: r.Spec.CPUs, MemoryBytes: r.Spec.MemoryBytes,
 		Command: r.Main, ExitCode: life.Exit, Ephemeral: r.Ephemeral,
-		Ports: []banger.Port{}, Created: r.Created, Started: life.Started, Confinement: life.Confinement,
+		Ports: []banger.Port{}, Addresses: []string{}, Created: r.Created, Started: life.Started, Confinement: life.Confinement,
 	}
 	if out.Accel == "" {
 		out.Accel = r.Spec.Accel
+	}
+	out.Ports = append(out.Ports, life.Ports...)
+	if a, err := usernet.AddressesOf(r.Net); err == nil && r.Net > 0 {
+		out.Addresses = []string{a.IPv4.Addr().String(), a.IPv6.Addr().String()}
+	}
+	if p, err := policyOf(r.Spec); err == nil {
+		out.Net = p.String()
 	}
 	if rested != nil && life.VMM != nil {
 		out.PID = life.VMM.PID

@@ -6,24 +6,15 @@ import (
 	"strings"
 	"sync"
 	"time"
+
+	"banger"
 )
 
 // maxDenials bounds the log of one VM; the oldest gives way.
 const maxDenials = 512
 
-// A Denial is something the guest wanted and did not get. Equal ones are one,
-// counted. Names were answered by our DNS; they hold printable ASCII alone.
-type Denial struct {
-	First  time.Time      `json:"first"`
-	Last   time.Time      `json:"last"`
-	Count  int            `json:"count"`
-	Proto  string         `json:"proto"`           // tcp, udp, icmp, dns, or spoof for a packet under a false source
-	To     netip.AddrPort `json:"to,omitzero"`     // port 0 where there is none
-	From   netip.Addr     `json:"from,omitzero"`   // of a spoof
-	Names  []string       `json:"names,omitempty"` // for which the address was answered, or the one asked for
-	Reason string         `json:"reason"`
-	Flag   string         `json:"flag,omitempty"` // what would allow it; empty if nothing does
-}
+// A Denial is one entry of the log.
+type Denial = banger.Denial
 
 type denialKey struct {
 	proto, reason, names string

@@ -34,7 +34,10 @@ type Record struct {
 	Config    banger.ImageConfig `json:"config"`
 	Main      []string           `json:"main,omitempty"` // the command whose end stops the VM
 	Disks     Disks              `json:"disks"`
-	Created   time.Time          `json:"created"`
+	// Net numbers the VM's addresses among all; 0 for a VM of before there was
+	// a network, which has none.
+	Net     int       `json:"net,omitempty"`
+	Created time.Time `json:"created"`
 }
 
 // A Life is what became of a VM: vms/<id>/life.json. Who holds the VM writes
@@ -51,6 +54,7 @@ type Life struct {
 	Driver      string              `json:"driver,omitempty"`
 	Accel       banger.Accel        `json:"accel,omitempty"`
 	Confinement *banger.Confinement `json:"confinement,omitempty"`
+	Ports       []banger.Port       `json:"ports,omitempty"` // that are open now
 
 	Started  *time.Time `json:"started,omitempty"`
 	Ended    *time.Time `json:"ended,omitempty"`
@@ -166,7 +170,7 @@ func Settle(s *store.Store, id string, l *Life) (found string, err error) {
 	now := time.Now().UTC().Truncate(time.Millisecond)
 	l.State, l.Ended = settle(was), &now
 	l.Reason = fmt.Sprintf("its supervisor died while the VM was %s", was)
-	l.Supervisor, l.VMM, l.Confinement = nil, nil, nil
+	l.Supervisor, l.VMM, l.Confinement, l.Ports = nil, nil, nil, nil
 	return l.Reason, SaveLife(s, id, *l)
 }
 

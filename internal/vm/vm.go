@@ -64,6 +64,11 @@ type Config struct {
 	Agent    string // path of the guest binary
 	Driver   vmm.Driver
 
+	// NIC is the machine's network card, and Network what the guest is told of
+	// it; nil for none.
+	NIC     *vmm.NIC
+	Network *wire.Network
+
 	// Grace is what the image's init gets to shut down; 0 is stopInitGrace,
 	// which is also the most.
 	Grace time.Duration
@@ -188,7 +193,7 @@ func (v *VM) move(e event, reason string) error {
 	}
 	if Rests(s) {
 		v.life.Ended = &now
-		v.life.VMM, v.life.Supervisor, v.life.Confinement = nil, nil, nil
+		v.life.VMM, v.life.Supervisor, v.life.Confinement, v.life.Ports = nil, nil, nil, nil
 	}
 	if err := v.save(); err != nil && e == evStart {
 		v.life = was
@@ -215,6 +220,10 @@ func (v *VM) record(change func(*Life)) {
 	change(&v.life)
 	v.save()
 }
+
+// Note has Save called with the life as it is: what is recorded beside it has
+// changed.
+func (v *VM) Note() { v.record(func(*Life) {}) }
 
 func (v *VM) reached(s banger.Stage) {
 	v.mu.Lock()
@@ -339,6 +348,7 @@ func (v *VM) boot(ctx context.Context, accel banger.Accel, until banger.Stage) e
 			Args: []string{"cryptomgr.notests"},
 		},
 		Drives:  drives,
+		NIC:     v.cfg.NIC,
 		Console: tee{v.console, v.cfg.ConsoleLog},
 	})
 	if err != nil {
@@ -389,6 +399,7 @@ func (v *VM) writeInitramfs(path string) error {
 		Overlay:     v.cfg.Disks.Overlay,
 		Work:        v.cfg.Disks.Work,
 		Modules:     v.cfg.Kernel.ModulesUUID,
+		Network:     v.cfg.Network,
 		LoadModules: v.cfg.Kernel.LoadModules(),
 		Init:        v.cfg.Spec.Init,
 		Entrypoint:  v.cfg.Config.Entrypoint,

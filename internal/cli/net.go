@@ -1,0 +1,134 @@
+package cli
+
+import (
+	"fmt"
+	"net"
+	"strconv"
+	"strings"
+
+	"github.com/spf13/cobra"
+
+	"banger"
+	"banger/internal/api"
+)
+
+// networkFlags are those of the network of a VM that is made.
+func (m *machineFlags) networkFlags(cmd *cobra.Command) {
+	f := cmd.Flags()
+	f.StringArrayVarP(&m.spec.Ports, "publish", "p", nil, "lead a port of the host to the guest: `[IP:]HOST:GUEST[/udp]`, on 127.0.0.1 if no IP is given")
+	f.StringVar(&m.spec.Net, "net", "", "let the guest reach `WHAT`: full, public (default), none, allow:HOST[:PORT], allow:CIDR, group:NAME, with commas between")
+	f.StringArrayVar(&m.allowHost, "allow-host", nil, "let the guest reach this `PORT` of the host's 127.0.0.1, at host.banger")
+}
+
+// completeNetwork checks what the daemon cannot say as well.
+func (m *machineFlags) completeNetwork() error {
+	for _, text := range m.allowHost {
+		n, err := strconv.ParseUint(text, 10, 16)
+		if err != nil || n == 0 {
+			return usagef("--allow-host %q: it is a port number", text)
+		}
+		m.spec.AllowHost = append(m.spec.AllowHost, uint16(n))
+	}
+	return nil
+}
+
+func portsCommand() *cobra.Command {
+	list := func(use string) *cobra.Command {
+		var asJSON bool
+		cmd := &cobra.Command{
+			Use:   use,
+			Short: "List the ports of the host that lead to a VM",
+			Args:  exactly("VM"),
+			RunE: func(cmd *cobra.Command, args []string) error {
+				var out api.Ports
+				if err := ask(api.MethodPorts, api.PortParams{Name: args[0]}, &out); err != nil {
+					return err
+				}
+				if asJSON {
+					return printJSON(out.Ports)
+				}
+				rows := [][]string{{"HOST", "GUEST"}}
+				for _, p := range out.Ports {
+					rows = append(rows, []string{net.JoinHostPort(p.HostAddr, strconv.Itoa(int(p.HostPort))), fmt.Sprintf("%d/%s", p.GuestPort, p.Protocol)})
+				}
+				return table(rows)
+			},
+		}
+		cmd.Flags().BoolVar(&asJSON, "json", false, "print a JSON list")
+		return cmd
+	}
+	change := func(use, short, method string) *cobra.Command {
+		return &cobra.Command{
+			Use:   use + " VM [IP:]HOST:GUEST[/udp]...",
+			Short: short,
+			Args: func(cmd *cobra.Command, args []string) error {
+				if len(args) < 2 {
+					return usagef("ports %s: it takes a VM and ports", use).WithHint("`banger ports %s web 8080:80`", use)
+				}
+				return nil
+			},
+			RunE: func(cmd *cobra.Command, args []string) error {
+				return ask(method, api.PortParams{Name: args[0], Ports: args[1:]}, &api.Ports{})
+			},
+		}
+	}
+	cmd := group("ports", "Ports of the host that lead to a VM that runs",
+		list("ls"),
+		change("add", "Lead ports of the host to a VM", api.MethodPortAdd),
+		change("rm", "Close ports again; connections live on", api.MethodPortRm))
+	cmd.Long = `Ports of the host that lead to a VM that runs. What is added here lasts until
+the VM stops; what ` + "`-p`" + ` gave it when it was made is there at every start.
+
+EXAMPLE
+  banger ports add web 8080:80
+  banger ports ls web`
+	return cmd
+}
+
+func netCommand() *cobra.Command {
+	var asJSON bool
+	log := &cobra.Command{
+		Use:   "log VM",
+		Short: "Show what a VM's guest was denied, and what would allow it",
+		Long: `Show what the guest of a VM that runs wanted to reach and was denied, each with
+the reason and the flag that would allow it. Equal ones are one line; the last
+512 are kept.
+
+EXAMPLE
+  banger net log web`,
+		Args: exactly("VM"),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			var out api.NetLog
+			if err := ask(api.MethodNetLog, api.Named{Name: args[0]}, &out); err != nil {
+				return err
+			}
+			if asJSON {
+				return printJSON(out.Denials)
+			}
+			rows := [][]string{{"LAST", "TIMES", "WHAT", "REASON", "ALLOWED BY"}}
+			for _, d := range out.Denials {
+				rows = append(rows, []string{d.Last.Local().Format("15:04:05"), strconv.Itoa(d.Count), denied(d), d.Reason, d.Flag})
+			}
+			return table(rows)
+		},
+	}
+	log.Flags().BoolVar(&asJSON, "json", false, "print a JSON list")
+	return group("net", "Networks of VMs", log)
+}
+
+// denied says what a denial is about.
+func denied(d banger.Denial) string {
+	what := d.Proto
+	switch {
+	case d.From.IsValid():
+		what += " from " + d.From.String()
+	case d.To.IsValid() && d.To.Port() == 0:
+		what += " " + d.To.Addr().String()
+	case d.To.IsValid():
+		what += " " + d.To.String()
+	}
+	if len(d.Names) > 0 {
+		what += " " + strings.Join(d.Names, ", ")
+	}
+	return what
+}
