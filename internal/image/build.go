@@ -89,7 +89,9 @@ func Build(ctx context.Context, img *oci.Image, out *os.File, opts BuildOptions)
 		if guest, err = guestFileList(opts.Agent); err != nil {
 			return nil, err
 		}
-		if _, err := putGuestFiles(tree, w, guest); err != nil {
+		if _, err := putGuestFiles(tree, w, guest); banger.CodeOf(err) == banger.CodeInvalid {
+			return nil, banger.Errorf(banger.CodeInvalid, "image %q: no place for a guest file: %w", img.Name, err)
+		} else if err != nil {
 			return nil, err
 		}
 	}

@@ -105,6 +105,8 @@ func atoms(outside string) [][]entry {
 		{evil("x").with("user.large", strings.Repeat("x", 70_000))},
 		{evil("x/y"), evil("x"), dir("x/", 0o755), symlink("x", "y")},
 		{evil("usr"), evil("usr/local/bin/banger-vsock-agent")},
+		{evil("usr/local")},
+		{symlink("etc", "etc")},
 		{symlink("etc/systemd/system", outside)},
 		{symlink("usr/local/bin/banger-vsock-agent", victim)},
 		{symlink("root", outside), symlink("root/.profile", victim)},
@@ -277,7 +279,7 @@ func readHostile(t *testing.T, dir string) {
 			if err := im.Remove(t.Context(), image.Name); err != nil {
 				t.Errorf("image %d: %v", i, err)
 			}
-		case !strings.HasPrefix(err.Error(), "image "), strings.ContainsAny(err.Error(), "\x1b\a\n\r\u202e\xff"):
+		case !strings.HasPrefix(err.Error(), "image \""), strings.ContainsAny(err.Error(), "\x1b\a\n\r\u202e\xff"):
 			t.Errorf("image %d: the error %q", i, err)
 		}
 		nothing(t, s)

@@ -465,7 +465,7 @@ func (t *Tree[C]) Put(path string, n *Node[C]) error {
 		}
 	}
 	if err != nil {
-		return banger.Errorf(banger.CodeInvalid, "image: put %q: %w", path, err)
+		return banger.Errorf(banger.CodeInvalid, "put %q: %w", path, err)
 	}
 	return nil
 }
