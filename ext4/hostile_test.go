@@ -152,7 +152,7 @@ func visitImage(t testing.TB, data []byte) *visit {
 // with blocks in each other's places: an error or data, in time.
 func TestBrokenImages(t *testing.T) {
 	seed := number("EXT4_SEED", uint64(time.Now().UnixNano()))
-	flips := int(number("EXT4_FLIPS", 300))
+	flips := int(number("EXT4_FLIPS", 100))
 	t.Logf("EXT4_SEED=%d EXT4_FLIPS=%d", seed, flips)
 	r := rand.New(rand.NewPCG(seed, 0))
 	for _, args := range [][]string{
