@@ -25,8 +25,8 @@ check: ## what needs no guest: formatting, vet, import rules
 	$(GO) vet ./...
 	$(GO) test -run 'TestImports|TestAgent' .
 
-fuzz: ## every fuzz target for a minute
-	./hack/fuzz 60 ./...
+fuzz: ## every fuzz target, minutes each
+	./hack/fuzz 500000 ./...
 
 bench: test-packages build ## ours beside the rivals, in one run
 	./hack/bench

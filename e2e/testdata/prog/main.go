@@ -33,18 +33,35 @@ func main() {
 		fmt.Println("uid", os.Getuid(), "gid", os.Getgid(), "in", wd)
 	case "ls":
 		entries, err := os.ReadDir(args[1])
-		if err != nil {
-			fmt.Fprintln(os.Stderr, err)
-			os.Exit(1)
-		}
+		check(err)
 		for _, e := range entries {
 			fmt.Println(e.Name())
 		}
+	case "keep":
+		f, err := os.Create(args[1])
+		if err == nil {
+			_, err = io.Copy(f, os.Stdin)
+		}
+		if err == nil {
+			err = f.Sync()
+		}
+		check(err)
+	case "show":
+		b, err := os.ReadFile(args[1])
+		check(err)
+		os.Stdout.Write(b)
 	case "sleep":
 		fmt.Println("sleeping")
 		time.Sleep(time.Hour)
 	default:
 		fmt.Fprintln(os.Stderr, "what is", args[0])
 		os.Exit(2)
+	}
+}
+
+func check(err error) {
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		os.Exit(1)
 	}
 }
