@@ -10,25 +10,17 @@ const (
 	CompatOrphanFile  = 0x1000
 	CompatResizeInode = 0x10
 
-	IncompatCompression = 0x1
-	IncompatRecover     = 0x4
-	IncompatJournalDev  = 0x8
-	IncompatMetaBG      = 0x10
-	IncompatMMP         = 0x100
-	IncompatDirData     = 0x1000
-	IncompatCsumSeed    = 0x2000
-	IncompatLargeDir    = 0x4000
-	IncompatInlineData  = 0x8000
-	IncompatEncrypt     = 0x10000
-	IncompatCasefold    = 0x20000
+	IncompatRecover    = 0x4
+	IncompatMetaBG     = 0x10
+	IncompatMMP        = 0x100
+	IncompatCsumSeed   = 0x2000
+	IncompatLargeDir   = 0x4000
+	IncompatInlineData = 0x8000
 
-	ROCompatGDTCsum       = 0x10
-	ROCompatQuota         = 0x100
-	ROCompatBigalloc      = 0x200
-	ROCompatReadonly      = 0x1000
-	ROCompatProject       = 0x2000
-	ROCompatVerity        = 0x8000
-	ROCompatOrphanPresent = 0x10000
+	ROCompatGDTCsum  = 0x10
+	ROCompatBigalloc = 0x200
+	ROCompatProject  = 0x2000
+	ROCompatVerity   = 0x8000
 )
 
 var compatNames = map[uint32]string{
@@ -52,10 +44,9 @@ var roCompatNames = map[uint32]string{
 // file system. Sizes are in the units that their names say.
 type Super struct {
 	Inodes                     uint32
-	Blocks, FreeBlocks         uint64
-	FreeInodes                 uint32
+	Blocks                     uint64
 	FirstDataBlock             uint32
-	LogBlockSize, LogCluster   uint32
+	LogBlockSize               uint32
 	BlocksPerGroup             uint32
 	InodesPerGroup             uint32
 	Magic, State               uint16
@@ -70,14 +61,10 @@ type Super struct {
 	HashVersion                byte
 	DescSize                   uint16
 	FirstMetaBG                uint32
-	WantExtraIsize             uint16
 	Flags                      uint32
 	ChecksumType               byte
 	BackupGroups               [2]uint32
 	ChecksumSeed               uint32
-	ErrorCount                 uint32
-	QuotaInos                  [3]uint32
-	ReservedBlocks             uint64
 }
 
 // Values of Super fields.
@@ -85,7 +72,6 @@ const (
 	SuperMagic     = superMagic
 	StateValid     = 0x1
 	StateErrors    = 0x2
-	StateOrphans   = 0x4 // recovery was going through the orphan list
 	ChecksumCRC32C = checksumCRC32C
 )
 
@@ -110,12 +96,8 @@ const (
 func DecodeSuper(b []byte) (s Super) {
 	s.Inodes = le.Uint32(b[0x00:])
 	s.Blocks = uint64(le.Uint32(b[0x04:]))
-	s.ReservedBlocks = uint64(le.Uint32(b[0x08:]))
-	s.FreeBlocks = uint64(le.Uint32(b[0x0C:]))
-	s.FreeInodes = le.Uint32(b[0x10:])
 	s.FirstDataBlock = le.Uint32(b[0x14:])
 	s.LogBlockSize = le.Uint32(b[0x18:])
-	s.LogCluster = le.Uint32(b[0x1C:])
 	s.BlocksPerGroup = le.Uint32(b[0x20:])
 	s.InodesPerGroup = le.Uint32(b[0x28:])
 	s.Magic = le.Uint16(b[0x38:])
@@ -139,15 +121,10 @@ func DecodeSuper(b []byte) (s Super) {
 	if s.Incompat&Incompat64bit != 0 {
 		s.DescSize = le.Uint16(b[0xFE:])
 		s.Blocks |= uint64(le.Uint32(b[0x150:])) << 32
-		s.ReservedBlocks |= uint64(le.Uint32(b[0x154:])) << 32
-		s.FreeBlocks |= uint64(le.Uint32(b[0x158:])) << 32
 	}
 	s.FirstMetaBG = le.Uint32(b[0x104:])
-	s.WantExtraIsize = le.Uint16(b[0x15E:])
 	s.Flags = le.Uint32(b[0x160:])
 	s.ChecksumType = b[0x175]
-	s.ErrorCount = le.Uint32(b[0x194:])
-	s.QuotaInos = [3]uint32{le.Uint32(b[0x240:]), le.Uint32(b[0x244:]), le.Uint32(b[0x26C:])}
 	s.BackupGroups = [2]uint32{le.Uint32(b[0x24C:]), le.Uint32(b[0x250:])}
 	s.ChecksumSeed = le.Uint32(b[0x270:])
 	return s
@@ -280,8 +257,6 @@ const (
 	InodeHugeFile   = 0x40000
 	InodeInlineData = 0x10000000
 	InodeCasefold   = 0x40000000
-	InodeImmutable  = 0x10
-	InodeAppend     = 0x20
 )
 
 // Offsets of inode fields that an editor changes in place.
