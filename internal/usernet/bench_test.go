@@ -74,4 +74,18 @@ func BenchmarkStream(b *testing.B) {
 			run(b, g.mustDial)
 		})
 	}
+	// Linux at the other end sends as it likes: here its TCP meets ours.
+	for _, mtu := range []int{1500, DefaultMTU} {
+		b.Run(fmt.Sprintf("linux-%d", mtu), func(b *testing.B) {
+			g := newKernelGuest(b, newNetwork(b, "one", 0, "", func(c *Config) { c.MTU = mtu }))
+			g.static()
+			run(b, func(to string) net.Conn {
+				c, err := g.dial("tcp", to)
+				if err != nil {
+					b.Fatal(err)
+				}
+				return c
+			})
+		})
+	}
 }

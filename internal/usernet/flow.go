@@ -209,24 +209,32 @@ func pump(to, from half, limit int) error {
 // A udpFlow is one pair of addresses that datagrams go between.
 type udpFlow struct {
 	guest *guestDatagrams
-	host  *hostDatagrams
-	used  atomic.Int64 // Unix nanoseconds
+	host  *hostDatagrams // nil where the socket is the forward's, for all its senders
+	used  atomic.Int64   // Unix nanoseconds
 }
 
 func (f *udpFlow) touch()     { f.used.Store(time.Now().UnixNano()) }
-func (f *udpFlow) close()     { f.guest.close(); f.host.close() }
 func (f *udpFlow) idle() bool { return time.Since(time.Unix(0, f.used.Load())) >= udpIdle }
 
-// A datagramSocket is one end of a flow. To wait without a buffer is what
-// keeps hundreds of silent flows cheap.
-type datagramSocket interface {
-	// wait returns nil when there is a datagram to read, and
-	// os.ErrDeadlineExceeded after udpIdle.
-	wait() error
-	// read reads one without waiting.
-	read(b []byte) (int, error)
-	write(b []byte) error
+func (f *udpFlow) close() {
+	f.guest.close()
+	if f.host != nil {
+		f.host.close()
+	}
 }
+
+// A datagramReader is where the datagrams of a flow come from. To wait without
+// a buffer is what keeps hundreds of silent flows cheap.
+type datagramReader interface {
+	// wait returns nil when there is a datagram to read or the socket is at
+	// its end, and os.ErrDeadlineExceeded after udpIdle.
+	wait() error
+	// read reads one without waiting; unix.EAGAIN if there is none after all.
+	read(b []byte) (int, error)
+}
+
+// A datagramWriter is where they go.
+type datagramWriter interface{ write(b []byte) error }
 
 // datagrams are buffers for one datagram each, held only while there is one.
 var datagrams = sync.Pool{New: func() any { b := make([]byte, maxDatagramBytes); return &b }}
@@ -373,7 +381,8 @@ func (p *port) relayDatagrams(f *udpFlow) {
 	back.Wait()
 }
 
-func (f *udpFlow) copyDatagrams(to, from datagramSocket) {
+// copyDatagrams copies one way, and closes the flow.
+func (f *udpFlow) copyDatagrams(to datagramWriter, from datagramReader) {
 	defer f.close()
 	for {
 		err := from.wait()

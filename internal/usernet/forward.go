@@ -346,7 +346,7 @@ func (u *udpForward) open(from netip.AddrPort, flows *sync.WaitGroup) *udpFlow {
 		defer p.work.Done()
 		stop := context.AfterFunc(p.ctx, f.guest.close)
 		defer stop()
-		f.copyBack(u.conn, from)
+		f.copyDatagrams(udpSender{u.conn, from}, f.guest)
 		u.mu.Lock()
 		delete(u.senders, from)
 		u.mu.Unlock()
@@ -354,24 +354,15 @@ func (u *udpForward) open(from netip.AddrPort, flows *sync.WaitGroup) *udpFlow {
 	return f
 }
 
-// copyBack sends what the guest answers to one sender.
-func (f *udpFlow) copyBack(conn *net.UDPConn, to netip.AddrPort) {
-	defer f.guest.close()
-	for {
-		err := f.guest.wait()
-		if errors.Is(err, os.ErrDeadlineExceeded) && !f.idle() {
-			continue
-		}
-		if err != nil {
-			return
-		}
-		buf := datagrams.Get().(*[]byte)
-		if size, err := f.guest.read(*buf); err == nil {
-			_, _ = conn.WriteToUDPAddrPort((*buf)[:size], to)
-			f.touch()
-		}
-		datagrams.Put(buf)
-	}
+// A udpSender is one that a forward's answers go to.
+type udpSender struct {
+	conn *net.UDPConn
+	to   netip.AddrPort
+}
+
+func (s udpSender) write(b []byte) error {
+	_, err := s.conn.WriteToUDPAddrPort(b, s.to)
+	return err
 }
 
 const (

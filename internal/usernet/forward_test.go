@@ -157,6 +157,41 @@ func TestForward(t *testing.T) {
 	d.Close()
 }
 
+// Flows that are open do not keep their network from ending.
+func TestForwardUDPEnds(t *testing.T) {
+	newWorld(t)
+	leakCheck(t)
+	n := newNetwork(t, "one", 0, "")
+	g := newGuest(t, n)
+	g.serveUDP(5000)
+	f, err := n.Forward(Forward{Proto: "udp", Host: netip.MustParseAddrPort("127.0.0.1:0"), Guest: 5000})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for range maxForwardPeers {
+		c, err := net.Dial("udp", f.Host.String())
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer c.Close()
+		_ = c.SetDeadline(time.Now().Add(promptly))
+		if _, err := c.Write([]byte("hello")); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := c.Read(make([]byte, 100)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	g.conn.Close() // the VMM goes
+	done := make(chan struct{})
+	go func() { n.Close(); close(done) }()
+	select {
+	case <-done:
+	case <-time.After(promptly):
+		t.Fatal("the network does not end")
+	}
+}
+
 func TestForwardConflicts(t *testing.T) {
 	needNamespace(t)
 	n := newNetwork(t, "one", 0, "")
