@@ -16,6 +16,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -39,6 +40,7 @@ func TestCompare(t *testing.T) {
 	t.Run("build", compareBuild)
 	t.Run("start", compareStart)
 	t.Run("systemd", compareSystemd)
+	t.Run("network", compareNetwork)
 }
 
 const benchRounds = 5
@@ -236,10 +238,10 @@ func compareStart(t *testing.T) {
 	ref := world.registry.addr + "/busybox:gzip"
 	banger := filepath.Join(world.bin, "banger")
 	measure(t, banger, "run", ref, "--", "true") // warm
-	bare := newBare(t, ref)
+	bare := newBare(t, ref, nil)
 	var stages [][]stage
 	race(t, "start to the first output of a command", 2*benchRounds+1, []*contender{
-		{name: "QEMU alone, to the first exec", run: bare.run},
+		{name: "QEMU alone, to the first exec", run: func() cost { return bare.firstExec(t) }},
 		{name: "banger run, all of it up to the exec", run: func() cost {
 			s := traced(t, banger, ref)
 			stages = append(stages, s)
@@ -382,14 +384,14 @@ func traced(t *testing.T, banger, ref string) (stages []stage) {
 
 // bare is QEMU by hand: nothing of banger's host side but the bytes it boots.
 type bare struct {
-	t      *testing.T
-	dir    string
-	kernel *kernel.Kernel
-	base   string
-	token  string
+	Vmlinux, Modules, Base string
+	Initramfs              string // with the agent and what it is told
+	Token                  string
 }
 
-func newBare(t *testing.T, ref string) *bare {
+// newBare prepares guests of an image; with a network card if network is given.
+func newBare(t *testing.T, ref string, network *wire.Network) bare {
+	t.Helper()
 	out, err := exec.Command("env", append(benchEnv(t)[len(os.Environ()):], filepath.Join(world.bin, "banger"), "image", "inspect", "--json", ref)...).Output()
 	if err != nil {
 		t.Fatal(err)
@@ -406,7 +408,8 @@ func newBare(t *testing.T, ref string) *bare {
 	if err != nil {
 		t.Fatal(err)
 	}
-	b := &bare{t: t, dir: t.TempDir(), kernel: k, base: im.Rootfs, token: strings.Repeat("ab", 32)}
+	b := bare{Vmlinux: k.Vmlinux, Modules: k.Modules, Base: im.Rootfs,
+		Initramfs: filepath.Join(t.TempDir(), "initramfs"), Token: strings.Repeat("ab", 32)}
 	agent, err := os.Open(filepath.Join(world.bin, "banger-vsock-agent"))
 	if err != nil {
 		t.Fatal(err)
@@ -417,14 +420,14 @@ func newBare(t *testing.T, ref string) *bare {
 		t.Fatal(err)
 	}
 	config, err := json.Marshal(wire.BootConfig{
-		Version: wire.Version, Token: b.token, Hostname: "bare",
-		Base: uuidOf(t, b.base), Overlay: "00000000-0000-0000-0000-000000000001", Work: "00000000-0000-0000-0000-000000000002",
+		Version: wire.Version, Token: b.Token, Hostname: "bare", Network: network,
+		Base: uuidOf(t, b.Base), Overlay: "00000000-0000-0000-0000-000000000001", Work: "00000000-0000-0000-0000-000000000002",
 		Modules: k.ModulesUUID, LoadModules: k.LoadModules(), Init: "agent",
 	})
 	if err != nil {
 		t.Fatal(err)
 	}
-	f, err := os.Create(filepath.Join(b.dir, "initramfs"))
+	f, err := os.Create(b.Initramfs)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -451,13 +454,20 @@ func uuidOf(t *testing.T, path string) string {
 	return fmt.Sprintf("%x-%x-%x-%x-%x", u[:4], u[4:6], u[6:8], u[8:10], u[10:])
 }
 
-func (b *bare) run() cost {
-	t := b.t
+// A bareGuest is one that runs.
+type bareGuest struct {
+	bare
+	t   *testing.T
+	mux *yamux.Session
+}
+
+// start boots a guest with new disks, and returns when its network is there.
+// The guest ends with the test, or by stop.
+func (b bare) start(t *testing.T, more ...string) (g *bareGuest, stop func()) {
 	t.Helper()
+	dir := t.TempDir()
 	for i, name := range []string{"overlay", "work"} {
-		path := filepath.Join(b.dir, name)
-		os.Remove(path)
-		f, err := os.Create(path)
+		f, err := os.Create(filepath.Join(dir, name))
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -467,85 +477,103 @@ func (b *bare) run() cost {
 		}
 		f.Close()
 	}
-	sock := filepath.Join(b.dir, "agent.sock")
-	os.Remove(sock)
+	sock := filepath.Join(dir, "agent.sock")
 	l, err := net.Listen("unix", sock)
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer l.Close()
 	args := []string{"-M", "microvm", "-accel", "tcg,thread=single", "-cpu", "max", "-m", "1024", "-smp", "2", "-nodefaults", "-no-user-config",
-		"-display", "none", "-no-reboot", "-kernel", b.kernel.Vmlinux, "-initrd", filepath.Join(b.dir, "initramfs"),
+		"-display", "none", "-no-reboot", "-kernel", b.Vmlinux, "-initrd", b.Initramfs,
 		"-append", fmt.Sprintf("console=ttyS0 quiet loglevel=4 reboot=t panic=-1 no_timer_check cryptomgr.notests tsc=reliable tsc_early_khz=%d", hostTSC(t)),
-		"-serial", "file:" + filepath.Join(b.dir, "console"),
+		"-serial", "file:" + filepath.Join(dir, "console"),
 		"-chardev", "socket,id=ag,path=" + sock, "-device", "virtio-serial-device", "-device", "virtserialport,chardev=ag,name=" + wire.PortName}
-	for i, d := range []string{b.base, filepath.Join(b.dir, "overlay"), filepath.Join(b.dir, "work"), b.kernel.Modules} {
+	for i, d := range []string{b.Base, filepath.Join(dir, "overlay"), filepath.Join(dir, "work"), b.Modules} {
 		ro := ""
 		if i == 0 || i == 3 {
 			ro = ",readonly=on"
 		}
 		args = append(args, "-drive", fmt.Sprintf("if=none,id=d%d,format=raw,file=%s%s", i, d, ro), "-device", fmt.Sprintf("virtio-blk-device,drive=d%d", i))
 	}
-	cmd := exec.Command("qemu-system-x86_64", args...)
-	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
-	start := time.Now()
+	cmd := exec.Command("qemu-system-x86_64", append(args, more...)...)
+	said := &output{}
+	cmd.Stdout, cmd.Stderr = said, said
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGKILL}
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
-	defer cmd.Wait()
-	defer cmd.Process.Kill()
+	stop = sync.OnceFunc(func() { cmd.Process.Kill(); cmd.Wait() })
+	t.Cleanup(stop)
+	_ = l.(*net.UnixListener).SetDeadline(time.Now().Add(time.Minute))
 	conn, err := l.Accept()
 	if err != nil {
-		t.Fatal(err)
+		t.Fatalf("QEMU: %v\n%s", err, said.String())
 	}
-	defer conn.Close()
-	conn.SetDeadline(time.Now().Add(60 * time.Second))
+	conn.SetDeadline(time.Now().Add(time.Minute))
 	var nonce [wire.NonceBytes]byte
 	rand.Read(nonce[:])
 	if err := wire.HandshakeHost(conn, nonce); err != nil {
 		t.Fatal(err)
 	}
+	conn.SetDeadline(time.Time{})
 	config := yamux.DefaultConfig()
 	config.EnableKeepAlive = false
 	config.LogOutput = io.Discard
-	mux, err := yamux.Client(conn, config)
-	if err != nil {
+	g = &bareGuest{bare: b, t: t}
+	if g.mux, err = yamux.Client(conn, config); err != nil {
 		t.Fatal(err)
 	}
-	defer mux.Close()
-	ask := func(req wire.Request) net.Conn {
-		s, err := mux.Open()
-		if err != nil {
-			t.Fatal(err)
-		}
-		req.Version, req.Token = wire.Version, b.token
-		var reply wire.Reply
-		if err := binary.Write(s, binary.BigEndian, wire.AgentPort); err != nil {
-			t.Fatal(err)
-		}
-		if err := wire.WriteMessage(s, req); err != nil {
-			t.Fatal(err)
-		}
-		if err := wire.ReadMessage(s, &reply); err != nil {
-			t.Fatal(err)
-		}
-		if reply.Error != nil {
-			t.Fatal(reply.Error)
-		}
-		return s
-	}
-	boot := ask(wire.Request{Op: wire.OpBoot})
+	boot := g.ask(wire.Request{Op: wire.OpBoot})
+	defer boot.Close()
 	for {
 		f, err := wire.ReadFrame(boot, nil)
 		if err != nil {
 			t.Fatal(err)
 		}
 		if strings.Contains(string(f.Payload), `"network"`) {
-			break
+			return g, stop
 		}
 	}
-	session := ask(wire.Request{Op: wire.OpExec, Exec: &wire.Exec{Args: []string{"echo", "up"}, Env: []string{"PATH=/bin"}}})
-	if f, err := wire.ReadFrame(session, nil); err != nil || f.Type != wire.FrameStdout {
+}
+
+// ask makes a request of the agent, which it must grant.
+func (g *bareGuest) ask(req wire.Request) net.Conn {
+	g.t.Helper()
+	s, err := g.mux.Open()
+	if err != nil {
+		g.t.Fatal(err)
+	}
+	req.Version, req.Token = wire.Version, g.Token
+	var reply wire.Reply
+	if err := binary.Write(s, binary.BigEndian, wire.AgentPort); err != nil {
+		g.t.Fatal(err)
+	}
+	if err := wire.WriteMessage(s, req); err != nil {
+		g.t.Fatal(err)
+	}
+	if err := wire.ReadMessage(s, &reply); err != nil {
+		g.t.Fatal(err)
+	}
+	if reply.Error != nil {
+		g.t.Fatal(reply.Error)
+	}
+	return s
+}
+
+// exec starts a command and returns the stream of its frames.
+func (g *bareGuest) exec(args ...string) net.Conn {
+	g.t.Helper()
+	return g.ask(wire.Request{Op: wire.OpExec, Exec: &wire.Exec{Args: args, Env: []string{"PATH=/bin"}}})
+}
+
+// firstExec is what a start costs up to the first output of a command.
+func (b bare) firstExec(t *testing.T) cost {
+	t.Helper()
+	start := time.Now()
+	g, stop := b.start(t)
+	defer stop()
+	s := g.exec("echo", "up")
+	if f, err := wire.ReadFrame(s, nil); err != nil || f.Type != wire.FrameStdout {
 		t.Fatalf("exec: frame %v, %v", f.Type, err)
 	}
 	return cost{wall: time.Since(start), cpu: 1}

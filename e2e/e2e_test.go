@@ -25,6 +25,7 @@ var world struct {
 	kernels  string // a store's folder of kernels
 	registry *registry
 	layout   string // an OCI layout with the scratch image
+	prog     string // the scratch image's one program
 }
 
 // needed are the programs without which nothing here can run.
@@ -38,8 +39,15 @@ func TestMain(m *testing.M) {
 		}
 		os.Exit(0)
 	}
+	if len(os.Args) == 3 && os.Args[1] == usernetArg {
+		fmt.Println("usernet:", runUsernet(os.Args[2]))
+		os.Exit(1)
+	}
 	flag.Parse()
 	os.Exit(func() int {
+		if os.Getenv(insideEnv) != "" {
+			return m.Run()
+		}
 		if testing.Short() {
 			fmt.Println("e2e: SKIPPED: -short")
 			return 0
@@ -80,8 +88,8 @@ func setUp(dir string) error {
 			return err
 		}
 	}
-	prog := filepath.Join(dir, "prog")
-	if err := build(prog, "./testdata/prog"); err != nil {
+	world.prog = filepath.Join(dir, "prog")
+	if err := build(world.prog, "./testdata/prog"); err != nil {
 		return err
 	}
 
@@ -115,7 +123,7 @@ func setUp(dir string) error {
 			return err
 		}
 	}
-	binary, err := os.ReadFile(prog)
+	binary, err := os.ReadFile(world.prog)
 	if err != nil {
 		return err
 	}

@@ -50,6 +50,8 @@ func main() {
 		b, err := os.ReadFile(args[1])
 		check(err)
 		os.Stdout.Write(b)
+	case "net":
+		netMain(args[1:])
 	case "sleep":
 		fmt.Println("sleeping")
 		time.Sleep(time.Hour)
