@@ -89,3 +89,35 @@ func BenchmarkStream(b *testing.B) {
 		})
 	}
 }
+
+// BenchmarkRoundTrip sends a byte to a server beyond the gateway and back.
+func BenchmarkRoundTrip(b *testing.B) {
+	w := newWorld(b)
+	w.wan.serveEcho(b, net.JoinHostPort(inet4, "80"))
+	run := func(b *testing.B, c net.Conn, err error) {
+		if err != nil {
+			b.Fatal(err)
+		}
+		defer c.Close()
+		buf := make([]byte, 1)
+		for b.Loop() {
+			if _, err := c.Write(buf); err != nil {
+				b.Fatal(err)
+			}
+			if _, err := io.ReadFull(c, buf); err != nil {
+				b.Fatal(err)
+			}
+		}
+	}
+	to := net.JoinHostPort(inet4, "80")
+	b.Run("direct", func(b *testing.B) {
+		c, err := net.Dial("tcp", to)
+		run(b, c, err)
+	})
+	b.Run("linux", func(b *testing.B) {
+		g := newKernelGuest(b, newNetwork(b, "one", 0, ""))
+		g.static()
+		c, err := g.dial("tcp", to)
+		run(b, c, err)
+	})
+}
