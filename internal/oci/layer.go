@@ -229,9 +229,9 @@ func (pl *pipeline) inflateOne(i int) (err error) {
 		pl.progress.report("fetch", bl.label, pl.fetched, pl.total)
 	}
 	if bl.keep != nil {
-		w, err := bl.keep.Create(bl.digest)
-		if err != nil {
-			return &localError{fmt.Errorf("blob cache: %w", err)}
+		w, cerr := bl.keep.Create(bl.digest)
+		if cerr != nil {
+			return &localError{fmt.Errorf("blob cache: %w", cerr)}
 		}
 		v.tee = w
 		defer func() {

@@ -53,10 +53,11 @@ func zst(t testing.TB, raw []byte, opts ...zstd.EOption) []byte {
 
 // blobCache is a Blobs in memory that checks how it is used.
 type blobCache struct {
-	mu    sync.Mutex
-	blobs map[string][]byte
-	open  int // writers neither committed nor aborted
-	fail  error
+	mu                     sync.Mutex
+	blobs                  map[string][]byte
+	open                   int   // writers neither committed nor aborted
+	fail                   error // of writing
+	failCreate, failCommit error
 }
 
 type blobCacheWriter struct {
@@ -78,6 +79,9 @@ func (c *blobCache) Open(d string) (io.ReadCloser, int64, error) {
 func (c *blobCache) Create(d string) (BlobWriter, error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
+	if c.failCreate != nil {
+		return nil, c.failCreate
+	}
 	c.open++
 	return &blobCacheWriter{c: c, digest: d}, nil
 }
@@ -95,6 +99,9 @@ func (w *blobCacheWriter) Commit() error {
 	w.c.open--
 	if sum(w.Bytes()) != w.digest {
 		return errors.New("committed with a wrong digest")
+	}
+	if w.c.failCommit != nil {
+		return w.c.failCommit
 	}
 	if w.c.blobs == nil {
 		w.c.blobs = make(map[string][]byte)
@@ -216,14 +223,16 @@ func TestLayerStreams(t *testing.T) {
 	}
 }
 
+// A blob that cannot be kept fails the pull, whichever step of keeping it fails.
 func TestBlobCacheFull(t *testing.T) {
-	raw := tarOf(t, []te{f("x", "y")})
-	img := memImage(t, nil, raw)
-	cache := &blobCache{fail: errors.New("disk is broken")}
-	img.source.Blobs = cache
-	_, _, err := squashMem(t, img)
-	if err == nil || !strings.Contains(err.Error(), "blob cache: disk is broken") || cache.open != 0 {
-		t.Errorf("error %v, %d writers open", err, cache.open)
+	broken := errors.New("disk is broken")
+	for name, cache := range map[string]*blobCache{"create": {failCreate: broken}, "write": {fail: broken}, "commit": {failCommit: broken}} {
+		img := memImage(t, nil, tarOf(t, []te{f("x", "y")}))
+		img.source.Blobs = cache
+		_, _, err := squashMem(t, img)
+		if err == nil || !strings.Contains(err.Error(), "blob cache: disk is broken") || cache.open != 0 {
+			t.Errorf("%s: error %v, %d writers open", name, err, cache.open)
+		}
 	}
 }
 
