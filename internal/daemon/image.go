@@ -19,6 +19,9 @@ import (
 type blobs struct{ *store.Blobs }
 
 func (b blobs) Create(digest string) (oci.BlobWriter, error) { return b.Blobs.Create(digest) }
+func (b blobs) Resume(digest string, sizeBytes int64) (oci.BlobWriter, error) {
+	return b.Blobs.Resume(digest, sizeBytes)
+}
 
 // source makes what oci needs to get an image: the parsed reference, the
 // files that the client opened, and where progress goes. The package list is

@@ -295,6 +295,9 @@ func (sw *sweep) check(t *testing.T, root string, done bool) (problem string) {
 		if strings.HasPrefix(path, "images/.names.json.") {
 			continue // prune takes it
 		}
+		if strings.HasPrefix(path, "blobs/partial/") {
+			continue // the next pull takes it, whatever is in it, or prune does
+		}
 		if before, after := sw.start[path], sw.final[path]; is != before && is != after && !(path == "images/names.json" && before == "" && is == sw.noNames) {
 			return fmt.Sprintf("%s: %q, was %q and becomes %q", path, is, before, after)
 		} else if _, ok := sw.start[path]; !ok {
@@ -399,9 +402,13 @@ func TestFaults(t *testing.T) {
 	defer os.RemoveAll(work)
 	l := newLayout(t)
 	shared := tarOf(t, file("bin/sh", 0o755, strings.Repeat("shell", 5000)))
-	for _, tag := range []string{"a", "b", "c", "d"} {
+	for _, tag := range []string{"b", "c", "d"} {
 		l.add(tag, shared, tarOf(t, file("root/"+tag, 0o644, strings.Repeat(tag, 10_000))))
 	}
+	// One that comes in several pieces.
+	noise := make([]byte, 600_000)
+	rand.NewChaCha8([32]byte{}).Read(noise)
+	l.add("a", shared, tarOf(t, file("root/a", 0o644, string(noise))))
 	srv := httptest.NewServer(serveLayout(l))
 	defer srv.Close()
 	inputs := t.TempDir()

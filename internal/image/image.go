@@ -252,7 +252,16 @@ func (im *Images) Pull(ctx context.Context, src *oci.Source, ref oci.Reference, 
 		return nil, err
 	}
 	defer f.Close()
-	built, err := Build(ctx, img, f, BuildOptions{SizeBytes: im.baseBytes, Agent: opts.Agent})
+	build := func() (*Built, error) {
+		return Build(ctx, img, f, BuildOptions{SizeBytes: im.baseBytes, Agent: opts.Agent})
+	}
+	built, err := build()
+	if errors.Is(err, oci.ErrResumed) {
+		// Or the image is bad, as the whole of it will show.
+		if err = f.Truncate(0); err == nil {
+			built, err = build()
+		}
+	}
 	if err != nil {
 		return nil, err
 	}

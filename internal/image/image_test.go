@@ -54,6 +54,14 @@ func (b *blobs) Create(digest string) (oci.BlobWriter, error) {
 	return blobWriter{w, b}, err
 }
 
+func (b *blobs) Resume(digest string, sizeBytes int64) (oci.BlobWriter, error) {
+	if err := b.call(); err != nil {
+		return nil, err
+	}
+	w, err := b.Blobs.Resume(digest, sizeBytes)
+	return blobWriter{w, b}, err
+}
+
 type blobWriter struct {
 	*store.BlobWriter
 	b *blobs

@@ -211,6 +211,8 @@ func (d *disk) file(ino uint64, p part, to string) (id string) {
 	switch {
 	case strings.HasSuffix(to, ".lock"):
 		return "" // a link of it would be held with it
+	case p == partSynced && synced != "" && strings.Contains(to, "/partial/"): // the one kind of file that is gone on with
+		id, err = synced, ext4.CopyFile(d.t.Context(), to, synced)
 	case p == partSynced && synced != "":
 		id, err = synced, os.Link(synced, to)
 	case p == partSynced:

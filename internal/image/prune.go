@@ -41,8 +41,8 @@ type Pruned struct {
 	FreedBytes int64
 }
 
-// Prune removes every base that has no name and that no VM has, and every blob
-// that no base was made from. What it cannot tell, it keeps.
+// Prune removes every base that has no name and that no VM has, every blob
+// that no base was made from, and what came of blobs whose pull did not end. What it cannot tell, it keeps.
 func (im *Images) Prune(ctx context.Context) (p Pruned, err error) {
 	unlock, err := im.s.Lock(ctx, "build")
 	if err != nil {
@@ -75,9 +75,14 @@ func (im *Images) Prune(ctx context.Context) (p Pruned, err error) {
 	if err := im.dropHalfNames(ctx); err != nil {
 		return p, err
 	}
-	blobs, freed, err := im.collectBlobs()
-	p.Blobs, p.FreedBytes = blobs, p.FreedBytes+freed
-	return p, err
+	for _, collect := range []func() (int, int64, error){im.s.Blobs().RemovePartials, im.collectBlobs} {
+		blobs, freed, err := collect()
+		p.Blobs, p.FreedBytes = p.Blobs+blobs, p.FreedBytes+freed
+		if err != nil {
+			return p, err
+		}
+	}
+	return p, nil
 }
 
 // dropHalfNames removes what stays of a names file whose writer was killed.

@@ -13,6 +13,8 @@ import (
 	"sync"
 	"sync/atomic"
 
+	"banger"
+
 	"github.com/klauspost/compress/gzip"
 	"github.com/klauspost/compress/zstd"
 )
@@ -37,8 +39,9 @@ type blob struct {
 	sizeBytes int64  // as stored; -1 unknown
 	keep      Blobs  // where it goes while it is read; nil: nowhere
 	open      func(context.Context, *progress) (io.ReadCloser, error)
-	filter    func(*entry) bool // what to leave out; nil: nothing
-	inputSum  *string           // set to the digest of the stored bytes
+	openRest  func(ctx context.Context, from int64) (io.ReadCloser, error) // nil: only the whole can be had; needs keep
+	filter    func(*entry) bool                                            // what to leave out; nil: nothing
+	inputSum  *string                                                      // set to the digest of the stored bytes
 	layered   bool
 }
 
@@ -64,6 +67,7 @@ type pipeline struct {
 	raw      chan chunk
 	hashed   chan chunk
 	rejected atomic.Int32 // number (from 1) of the blob whose tar is bad: only its digest is still of interest
+	resumed  atomic.Int32 // number (from 1) of the last blob that began with what came before
 
 	total, fetched int64 // compressed bytes
 	expanded       int64
@@ -105,15 +109,21 @@ func squashLayers[C any](ctx context.Context, b *builder[C], blobs []blob, p *pr
 		}
 		trailing, ended, err := readTar(r, add)
 		if err != nil {
+			if pl.ctx.Err() == nil {
+				pl.rejected.Store(int32(i + 1))
+			}
 			// A wrong digest explains damage better than the damage does.
-			pl.rejected.Store(int32(i + 1))
 			if bl.digest != "" && !r.ended {
 				_, _ = drain(r)
 			}
 			if mismatch, ok := errors.AsType[*mismatchError](r.err); ok {
 				err = mismatch
 			}
-			return fmt.Errorf("%s: %w", bl.label, err)
+			err = fmt.Errorf("%s: %w", bl.label, err)
+			if pl.resumed.Load() == int32(i+1) && isDamage(ctx, err) {
+				err = &resumedError{err}
+			}
+			return err
 		}
 		if !ended && bl.diffID == "" {
 			return fmt.Errorf("%s: %w", bl.label, errCutShort)
@@ -218,30 +228,45 @@ func (pl *pipeline) inflate() {
 
 func (pl *pipeline) inflateOne(i int) (err error) {
 	bl := &pl.blobs[i]
-	body, err := bl.open(pl.ctx, pl.progress)
-	if err != nil {
-		return err
-	}
-	defer body.Close()
-	v := &verifier{ctx: pl.ctx, r: body, h: sha256.New(), want: bl.digest, size: bl.sizeBytes, most: pl.lim.blobSize}
+	v := &verifier{ctx: pl.ctx, h: sha256.New(), want: bl.digest, size: bl.sizeBytes, most: pl.lim.blobSize}
 	v.step = func(n int) {
 		pl.fetched += int64(n)
 		pl.progress.report("fetch", bl.label, pl.fetched, pl.total)
 	}
 	if bl.keep != nil {
-		w, cerr := bl.keep.Create(bl.digest)
+		w, cerr := pl.keep(bl)
 		if cerr != nil {
 			return &localError{fmt.Errorf("blob cache: %w", cerr)}
 		}
 		v.tee = w
 		defer func() {
-			// The cache has what the digest promises even if the tar inside is bad.
-			if !v.checked || v.teeErr != nil {
+			switch {
+			case v.checked && v.teeErr == nil:
+				// The cache has what the digest promises even if the tar inside is bad.
+				if cerr := w.Commit(); cerr != nil && err == nil {
+					err = &localError{fmt.Errorf("blob cache: %w", cerr)}
+				}
+			case err != nil && !isDamage(pl.ctx, err) && v.teeErr == nil && pl.rejected.Load() == 0:
+				_ = w.Suspend() // what has come may be right
+			default:
 				_ = w.Abort()
-			} else if cerr := w.Commit(); cerr != nil && err == nil {
-				err = &localError{fmt.Errorf("blob cache: %w", cerr)}
 			}
 		}()
+		if r, n := w.Partial(); n > 0 {
+			v.before, v.beforeBytes = r, n
+			pl.resumed.Store(int32(i + 1))
+		}
+	}
+	if v.beforeBytes == 0 {
+		v.r, err = bl.open(pl.ctx, pl.progress)
+	} else if v.beforeBytes < bl.sizeBytes {
+		v.r, err = bl.openRest(pl.ctx, v.beforeBytes)
+	}
+	if err != nil {
+		return err
+	}
+	if v.r != nil {
+		defer v.r.Close()
 	}
 	in := bufio.NewReaderSize(v, chunkBytes)
 	err = pl.inflateBody(i, in)
@@ -258,6 +283,39 @@ func (pl *pipeline) inflateOne(i int) (err error) {
 	}
 	return err
 }
+
+// keep makes the place where a blob is kept.
+func (pl *pipeline) keep(bl *blob) (BlobWriter, error) {
+	if bl.openRest != nil {
+		return bl.keep.Resume(bl.digest, bl.sizeBytes)
+	}
+	return bl.keep.Create(bl.digest)
+}
+
+// isDamage says whether an error is about the bytes of a blob, not about the
+// way here or this host.
+func isDamage(ctx context.Context, err error) bool {
+	if _, ok := errors.AsType[*localError](err); ok || ctx.Err() != nil {
+		return false
+	}
+	if e, ok := errors.AsType[*banger.Error](err); ok && e.Code == banger.CodeUnavailable {
+		return false
+	}
+	return true
+}
+
+// A resumedError is damage in a blob of which a part came before: that part may
+// be to blame, and is gone now.
+type resumedError struct{ err error }
+
+func (e *resumedError) Error() string        { return e.err.Error() }
+func (e *resumedError) Unwrap() error        { return e.err }
+func (e *resumedError) Is(target error) bool { return target == ErrResumed }
+
+// ErrResumed is what an error of Squash is, too, if it may come from a part of
+// a blob that was kept from before. It was dropped: the same again, into an
+// empty sink, fetches all of the blob.
+var ErrResumed = errors.New("a part of it was kept from before")
 
 func (pl *pipeline) inflateBody(i int, in *bufio.Reader) error {
 	r, err := decompress(in, pl.blobs[i].mediaType)
@@ -369,7 +427,10 @@ func digestOf(h hash.Hash) string { return "sha256:" + hex.EncodeToString(h.Sum(
 
 // verifier hashes and counts a blob while it is read and copies it to tee.
 type verifier struct {
-	r    io.Reader
+	before      io.Reader // what is there already and not written to tee
+	beforeBytes int64
+	r           io.ReadCloser // the rest; nil if there is none
+
 	h    hash.Hash
 	want string // digest; "" checks nothing
 	size int64  // -1 unknown
@@ -400,14 +461,15 @@ func (v *verifier) Read(p []byte) (int, error) {
 	if left := limit - v.n + 1; int64(len(p)) > left {
 		p = p[:left]
 	}
-	n, err := v.r.Read(p)
+	n, err := v.read(p)
+	fromBefore := v.n < v.beforeBytes
 	v.n += int64(n)
 	if v.n > limit {
 		v.end = &mismatchError{what: "size", got: fmt.Sprintf("more than %d bytes", limit), want: fmt.Sprintf("%d bytes", limit)}
 		return 0, v.end
 	}
 	v.h.Write(p[:n])
-	if v.tee != nil && n > 0 {
+	if v.tee != nil && n > 0 && !fromBefore {
 		if _, terr := v.tee.Write(p[:n]); terr != nil {
 			v.teeErr = terr
 			v.end = &localError{fmt.Errorf("blob cache: %w", terr)}
@@ -422,6 +484,24 @@ func (v *verifier) Read(p []byte) (int, error) {
 	}
 	v.end = err
 	return n, err
+}
+
+// read reads on in what is there already, then in what comes.
+func (v *verifier) read(p []byte) (int, error) {
+	if left := v.beforeBytes - v.n; left > 0 {
+		n, err := v.before.Read(p[:min(int64(len(p)), left)])
+		if err != nil && err != io.EOF {
+			return n, &localError{fmt.Errorf("blob cache: %w", err)}
+		}
+		if n == 0 {
+			return 0, &localError{errors.New("blob cache: it became shorter")}
+		}
+		return n, nil
+	}
+	if v.r == nil {
+		return 0, io.EOF
+	}
+	return v.r.Read(p)
 }
 
 // finish reads what is left of the blob, in being what was buffered from v,

@@ -55,15 +55,17 @@ func zst(t testing.TB, raw []byte, opts ...zstd.EOption) []byte {
 type blobCache struct {
 	mu                     sync.Mutex
 	blobs                  map[string][]byte
-	open                   int   // writers neither committed nor aborted
-	fail                   error // of writing
+	partial                map[string][]byte // of writers that were suspended
+	open                   int               // writers neither committed nor aborted
+	fail                   error             // of writing
 	failCreate, failCommit error
 }
 
 type blobCacheWriter struct {
 	bytes.Buffer
-	c      *blobCache
-	digest string
+	c       *blobCache
+	digest  string
+	partial []byte
 }
 
 func (c *blobCache) Open(d string) (io.ReadCloser, int64, error) {
@@ -84,6 +86,35 @@ func (c *blobCache) Create(d string) (BlobWriter, error) {
 	}
 	c.open++
 	return &blobCacheWriter{c: c, digest: d}, nil
+}
+
+// Resume begins with what a writer left that was suspended.
+func (c *blobCache) Resume(d string, sizeBytes int64) (BlobWriter, error) {
+	w, err := c.Create(d)
+	if err != nil {
+		return nil, err
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	w.(*blobCacheWriter).partial = c.partial[d]
+	w.(*blobCacheWriter).Buffer.Write(c.partial[d])
+	delete(c.partial, d)
+	return w, nil
+}
+
+func (w *blobCacheWriter) Partial() (io.Reader, int64) {
+	return bytes.NewReader(w.partial), int64(len(w.partial))
+}
+
+func (w *blobCacheWriter) Suspend() error {
+	w.c.mu.Lock()
+	defer w.c.mu.Unlock()
+	w.c.open--
+	if w.c.partial == nil {
+		w.c.partial = make(map[string][]byte)
+	}
+	w.c.partial[w.digest] = bytes.Clone(w.Bytes())
+	return nil
 }
 
 func (w *blobCacheWriter) Write(p []byte) (int, error) {

@@ -530,5 +530,10 @@ func (s *Source) layerBlob(img *Image, l Layer) blob {
 		}
 	}
 	b.keep = s.Blobs
+	if r, ok := img.from.(resumer); ok {
+		b.openRest = func(ctx context.Context, from int64) (io.ReadCloser, error) {
+			return r.openRest(ctx, l.Digest, l.SizeBytes, from)
+		}
+	}
 	return b
 }

@@ -59,13 +59,21 @@ type Blobs interface {
 	Open(digest string) (io.ReadCloser, int64, error)
 	// Create starts a blob that is invisible until it is committed.
 	Create(digest string) (BlobWriter, error)
+	// Resume is Create for a blob of so many bytes that comes over a network:
+	// it may begin with what came of it before.
+	Resume(digest string, sizeBytes int64) (BlobWriter, error)
 }
 
-// A BlobWriter takes the bytes of one blob. Exactly one of Commit and Abort is
-// called; Commit only after digest and size were found right.
+// A BlobWriter takes the bytes of one blob. Exactly one of Commit, Suspend and
+// Abort is called; Commit only after digest and size were found right.
 type BlobWriter interface {
+	// Partial gives what is there already, at most the blob's size, which may
+	// be damaged. What is written goes behind it.
+	Partial() (r io.Reader, sizeBytes int64)
 	io.Writer
 	Commit() error
+	// Suspend keeps what has come, if there is a place for it.
+	Suspend() error
 	Abort() error
 }
 
@@ -141,6 +149,11 @@ type Layer struct {
 // blobSource fetches one blob; what it returns is not yet verified.
 type blobSource interface {
 	openBlob(ctx context.Context, digest string, sizeBytes int64) (io.ReadCloser, error)
+}
+
+// A resumer can fetch the rest of a blob, from < sizeBytes.
+type resumer interface {
+	openRest(ctx context.Context, digest string, sizeBytes, from int64) (io.ReadCloser, error)
 }
 
 // treeSource feeds the entries of one tree that has no layers and returns the

@@ -364,7 +364,11 @@ func (r *remote) manifest(ctx context.Context, tagOrDigest string) ([]byte, stri
 }
 
 func (r *remote) openBlob(ctx context.Context, digest string, sizeBytes int64) (io.ReadCloser, error) {
-	b := &remoteBody{r: r, ctx: ctx, digest: digest, size: sizeBytes}
+	return r.openRest(ctx, digest, sizeBytes, 0)
+}
+
+func (r *remote) openRest(ctx context.Context, digest string, sizeBytes, from int64) (io.ReadCloser, error) {
+	b := &remoteBody{r: r, ctx: ctx, digest: digest, size: sizeBytes, done: from, broken: from}
 	return b, b.open()
 }
 
@@ -378,14 +382,19 @@ type remoteBody struct {
 	size   int64
 
 	body   io.ReadCloser
-	done   int64 // bytes handed out
+	done   int64 // bytes handed out, or there before
 	tries  int   // breaks since the last resumeBytes
 	broken int64 // where the last one was
 }
 
 // open asks for what is left.
 func (b *remoteBody) open() error {
-	resp, err := b.r.get(b.ctx, "/v2/"+b.r.ref.Repository+"/blobs/"+b.digest, "", b.done)
+	path := "/v2/" + b.r.ref.Repository + "/blobs/" + b.digest
+	resp, err := b.r.get(b.ctx, path, "", b.done)
+	if err == nil && resp.StatusCode == http.StatusRequestedRangeNotSatisfiable {
+		resp.Body.Close()
+		resp, err = b.r.get(b.ctx, path, "", 0)
+	}
 	if err != nil {
 		return err
 	}
@@ -451,7 +460,8 @@ func (b *remoteBody) Close() error {
 
 // get asks for a path, after the login if there was none yet, and tries again
 // where the network or the server failed for the moment. from > 0 asks for what
-// is from that byte on. Anything but 200, or 206 then, is an error for the user.
+// is from that byte on. Anything but 200, or 206 and 416 then, is an error for
+// the user.
 func (r *remote) get(ctx context.Context, path, accept string, from int64) (*http.Response, error) {
 	delay := firstRetryDelay
 	for try := 1; ; try++ {
@@ -522,7 +532,7 @@ func (r *remote) send(ctx context.Context, path, accept string, from int64) (*ht
 	good := []int{http.StatusOK}
 	if from > 0 {
 		req.Header.Set("Range", fmt.Sprintf("bytes=%d-", from))
-		good = append(good, http.StatusPartialContent)
+		good = append(good, http.StatusPartialContent, http.StatusRequestedRangeNotSatisfiable)
 	}
 	resp, err := client.Do(req)
 	if err != nil {

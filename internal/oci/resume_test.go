@@ -44,6 +44,7 @@ func breakOff(w http.ResponseWriter, body []byte, n int) {
 // A blob that breaks off goes on where it did; what does not fit is found out.
 func TestRegistryResume(t *testing.T) {
 	const piece = 300 << 10
+	whole := 0
 	for _, row := range []struct {
 		name    string
 		serve   func(w http.ResponseWriter, r *http.Request, body []byte, from int)
@@ -60,6 +61,14 @@ func TestRegistryResume(t *testing.T) {
 		{"without ranges", func(w http.ResponseWriter, r *http.Request, body []byte, from int) {
 			breakOff(w, body, from+piece)
 		}, "", 5, 4},
+		{"refusing ranges", func(w http.ResponseWriter, r *http.Request, body []byte, from int) {
+			if from > 0 {
+				http.Error(w, "{}", http.StatusRequestedRangeNotSatisfiable)
+				return
+			}
+			whole++
+			breakOff(w, body, whole*piece)
+		}, "", 10, 6},
 		{"never a byte more", func(w http.ResponseWriter, r *http.Request, body []byte, from int) {
 			if from > 0 {
 				w.Header().Set("Content-Range", fmt.Sprintf("bytes %d-%d/%d", from, len(body)-1, len(body)))

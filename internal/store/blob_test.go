@@ -10,6 +10,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"time"
 )
 
 func digestOf(digit byte) string { return "sha256:" + strings.Repeat(string(digit), 64) }
@@ -153,4 +154,136 @@ func TestBlobWriters(t *testing.T) {
 		t.Errorf("%d bytes, want %d", len(got), len(content))
 	}
 	wantNames(t, filepath.Join(s.Root(), tmpDir))
+}
+
+// What came of a blob is gone on with by one writer at a time.
+func TestBlobResume(t *testing.T) {
+	s := open(t)
+	dir := filepath.Join(s.Root(), blobsDir, partialDir)
+	resume := func(digest string, sizeBytes int64) (w *BlobWriter, had string) {
+		t.Helper()
+		w, err := s.Blobs().Resume(digest, sizeBytes)
+		if err != nil {
+			t.Fatal(err)
+		}
+		r, n := w.Partial()
+		data, err := io.ReadAll(r)
+		if err != nil || int64(len(data)) != n {
+			t.Errorf("%d bytes of %d, %v", len(data), n, err)
+		}
+		return w, string(data)
+	}
+	w, had := resume(digestOf('a'), 8)
+	if had != "" {
+		t.Errorf("a new one has %q", had)
+	}
+	io.WriteString(w, "half")
+	// Meanwhile another brings it whole.
+	other, had := resume(digestOf('a'), 8)
+	if had != "" {
+		t.Errorf("the second has %q", had)
+	}
+	io.WriteString(other, "half-all")
+	if err := other.Commit(); err != nil {
+		t.Error(err)
+	}
+	if err := w.Suspend(); err != nil {
+		t.Error(err)
+	}
+	wantNames(t, dir, strings.Repeat("a", 64))
+	for range 2 { // it stays with the next start
+		if _, err := Open(s.Root()); err != nil {
+			t.Fatal(err)
+		}
+	}
+	w, had = resume(digestOf('a'), 8)
+	if had != "half" {
+		t.Errorf("gone on with %q", had)
+	}
+	io.WriteString(w, "-all")
+	if err := w.Commit(); err != nil {
+		t.Error(err)
+	}
+	if got := readBlob(t, s, digestOf('a')); got != "half-all" {
+		t.Errorf("read %q", got)
+	}
+	wantNames(t, dir)
+
+	// As large as the blob is all there can be.
+	for size, want := range map[int64]string{4: "four", 3: ""} {
+		w, _ := resume(digestOf('b'), 9)
+		io.WriteString(w, "four")
+		if err := w.Suspend(); err != nil {
+			t.Error(err)
+		}
+		w, had := resume(digestOf('b'), size)
+		if had != want {
+			t.Errorf("of %d bytes there are %q, want %q", size, had, want)
+		}
+		if err := w.Abort(); err != nil {
+			t.Error(err)
+		}
+		wantNames(t, dir)
+	}
+	w, _ = resume(digestOf('c'), 9)
+	if err := w.Suspend(); err != nil {
+		t.Error(err)
+	}
+	wantNames(t, dir) // nothing came
+	if _, err := s.Blobs().Resume("sha256:../../x", 1); err == nil {
+		t.Error("a path for a digest")
+	}
+	if err := os.Symlink("/etc/passwd", filepath.Join(dir, strings.Repeat("d", 64))); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := s.Blobs().Resume(digestOf('d'), 1<<30); err == nil {
+		t.Error("a symlink was followed")
+	}
+}
+
+// So many partial blobs are kept, and so long, but none is taken that arrives.
+func TestPartialsSwept(t *testing.T) {
+	s := open(t)
+	dir := filepath.Join(s.Root(), blobsDir, partialDir)
+	now := time.Now()
+	put := func(digit byte, age time.Duration) {
+		t.Helper()
+		path := filepath.Join(dir, strings.Repeat(string(digit), 64))
+		if err := os.WriteFile(path, []byte("part"), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.Chtimes(path, now.Add(-age), now.Add(-age)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for i := range byte(maxPartials + 1) {
+		put("0123456789abcdef"[i], time.Duration(i)*time.Hour)
+	}
+	put('e', maxPartialAge-time.Hour)
+	put('f', 2*maxPartialAge)
+	oldest, err := s.Blobs().Resume(digestOf('f'), 4)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var want []string
+	for i := range maxPartials {
+		want = append(want, strings.Repeat(string("0123456789abcdef"[i]), 64))
+	}
+	if _, err := Open(s.Root()); err != nil {
+		t.Fatal(err)
+	}
+	wantNames(t, dir, append(want, strings.Repeat("f", 64))...)
+	oldest.Abort()
+	for i, age := range []time.Duration{maxPartialAge - time.Minute, maxPartialAge + time.Minute} {
+		for _, name := range names(t, dir) {
+			os.Remove(filepath.Join(dir, name))
+		}
+		put('a', age)
+		if _, err := Open(s.Root()); err != nil {
+			t.Fatal(err)
+		}
+		if left := len(names(t, dir)); left != 1-i {
+			t.Errorf("of age %s %d stay", age, left)
+		}
+	}
 }

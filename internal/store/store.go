@@ -23,6 +23,7 @@ import (
 // state paths.
 const (
 	blobsDir   = "blobs"   // blobs/sha256/<64 hex digits>
+	partialDir = "partial" // blobs/partial/<64 hex digits>: what has come of one; flocked while it comes
 	imagesDir  = "images"  // images/<id>/: one base image each
 	kernelsDir = "kernels" // kernels/<release>/: one kernel each
 	vmsDir     = "vms"     // vms/<id>/: one VM each
@@ -110,7 +111,7 @@ func Open(root string) (*Store, error) {
 		return nil, fmt.Errorf("state folder %s: others may write to it (mode %04o); chmod it to 0700", root, st.Mode&0o7777)
 	}
 	s := &Store{root: root}
-	for _, dir := range []string{blobsDir + "/sha256", imagesDir, kernelsDir, vmsDir, tmpDir, trashDir, locksDir, runDir} {
+	for _, dir := range []string{blobsDir + "/sha256", blobsDir + "/" + partialDir, imagesDir, kernelsDir, vmsDir, tmpDir, trashDir, locksDir, runDir} {
 		if err := os.MkdirAll(filepath.Join(root, dir), 0o700); err != nil {
 			return nil, fmt.Errorf("state folder: %w", err)
 		}
@@ -371,7 +372,7 @@ func (s *Store) sweep() error {
 		s.swept = append(s.swept, filepath.Join(trashDir, e.Name()))
 		err = errors.Join(err, os.RemoveAll(filepath.Join(trash, e.Name())))
 	}
-	return err
+	return errors.Join(err, s.Blobs().sweepPartials(time.Now()))
 }
 
 // holdIfFree flocks a file or folder if nobody else does, else returns nil.
