@@ -260,6 +260,41 @@ func (n *Network) Dial(ctx context.Context, port uint16) (net.Conn, error) {
 	return p.dialGuest(both, port)
 }
 
+// Join connects a connection of the host's, which it owns from then on, to a
+// TCP port of the guest. It returns once the guest has accepted, or with the
+// reason why not, unix.ECONNREFUSED among them; the connection is reset then.
+// What the two say to each other passes from then on as through a Forward.
+func (n *Network) Join(ctx context.Context, host *net.TCPConn, port uint16) (err error) {
+	defer func() {
+		if err != nil {
+			_ = host.SetLinger(0)
+			host.Close()
+		}
+	}()
+	p := n.current()
+	if p == nil || !p.begin() {
+		return banger.Errorf(banger.CodeUnavailable, "network: the VM has no network card yet")
+	}
+	undo := func() { n.inbound.Add(-1); p.work.Done() }
+	if n.inbound.Add(1) > maxForwardConns {
+		undo()
+		return banger.Errorf(banger.CodeUnavailable, "network: the VM has %d connections from the host already", maxForwardConns)
+	}
+	both, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	defer context.AfterFunc(p.ctx, func() { cancel(context.Cause(p.ctx)) })()
+	guest, err := p.dialGuest(both, port)
+	if err != nil {
+		undo()
+		return err
+	}
+	go func() {
+		defer undo()
+		p.relay(guest, host)
+	}()
+	return nil
+}
+
 func (n *Network) forwardUDP(f Forward) (*forwarding, error) {
 	c, err := net.ListenUDP("udp"+family(f.Host.Addr()), net.UDPAddrFromAddrPort(f.Host))
 	if err != nil {

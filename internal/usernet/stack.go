@@ -8,6 +8,7 @@ import (
 	"net/netip"
 	"time"
 
+	"golang.org/x/sys/unix"
 	"gvisor.dev/gvisor/pkg/buffer"
 	"gvisor.dev/gvisor/pkg/tcpip"
 	"gvisor.dev/gvisor/pkg/tcpip/adapters/gonet"
@@ -188,7 +189,11 @@ func dialStack(ctx context.Context, s *stack.Stack, from netip.Addr, to netip.Ad
 	}
 	if terr != nil {
 		ep.Abort()
-		return nil, &net.OpError{Op: "dial", Net: "tcp", Addr: net.TCPAddrFromAddrPort(to), Err: errors.New(terr.String())}
+		err := errors.New(terr.String())
+		if _, refused := terr.(*tcpip.ErrConnectionRefused); refused {
+			err = unix.ECONNREFUSED
+		}
+		return nil, &net.OpError{Op: "dial", Net: "tcp", Addr: net.TCPAddrFromAddrPort(to), Err: err}
 	}
 	return newGuestConn(wq, ep), nil
 }
