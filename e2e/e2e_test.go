@@ -29,7 +29,7 @@ var world struct {
 }
 
 // needed are the programs without which nothing here can run.
-var needed = []string{"qemu-system-x86_64", "mmdebstrap", "docker-registry", "busybox", "zstd", "e2fsck", "dumpe2fs", "script"}
+var needed = []string{"qemu-system-x86_64", "mmdebstrap", "docker-registry", "busybox", "zstd", "e2fsck", "dumpe2fs", "script", "curl"}
 
 func TestMain(m *testing.M) {
 	if len(os.Args) == 6 && os.Args[1] == floorArg {

@@ -49,6 +49,7 @@ type Event struct {
 	Stage    *Stage     `json:"stage,omitempty"`
 	Notice   string     `json:"notice,omitempty"`  // one line for the user
 	Started  bool       `json:"started,omitempty"` // the session runs: input and signals reach it
+	Listen   string     `json:"listen,omitempty"`  // of a proxy: it takes connections at this address
 	VM       *banger.VM `json:"vm,omitempty"`      // of a run: it is up, and its supervisor serves the connection that came with the call
 }
 

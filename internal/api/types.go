@@ -19,6 +19,7 @@ const (
 	MethodKernelRemove = "kernel.remove"
 	MethodPrepare      = "prepare"
 	MethodDoctor       = "doctor"
+	MethodProxy        = "proxy" // until the client cancels
 
 	// Of the resident daemon.
 	MethodHello   = "hello"
@@ -42,6 +43,7 @@ const (
 	MethodPortAdd = "vm.port.add" // until the VM stops
 	MethodPortRm  = "vm.port.remove"
 	MethodNetLog  = "vm.net.log"
+	MethodDial    = "vm.dial"
 
 	// Of a VM's supervisor.
 	MethodExec = "exec"
@@ -194,6 +196,23 @@ type Ports struct {
 // NetLog is what a VM's network has denied.
 type NetLog struct {
 	Denials []banger.Denial `json:"denials"`
+}
+
+// DialParams asks for the connection in the one file of the call, which is TCP,
+// to be joined to a port of a VM. The call ends once the VM has accepted; the
+// VM's supervisor keeps the connection.
+type DialParams struct {
+	// Host is NAME.banger or an address of the VM's. Anything else is an error
+	// of CodeUsage, a VM that is not there of CodeNotFound, one that does not
+	// run of CodeConflict; a port where nothing listens of CodeUnavailable, and
+	// one that does not answer of CodeTimeout.
+	Host string `json:"host"`
+	Port uint16 `json:"port"`
+}
+
+// ProxyParams asks for a proxy to the VMs.
+type ProxyParams struct {
+	Listen string `json:"listen"` // address and port, which may be 0
 }
 
 // LogParams asks for a log, which comes as FrameStdout.

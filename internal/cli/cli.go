@@ -113,7 +113,7 @@ EXAMPLE
 	})
 	root.AddCommand(vmCommands()...)
 	root.AddCommand(group("vm", "The same commands, for those who like to say what they act on", vmCommands()...),
-		imageCommand(), kernelCommand(), netCommand(), doctorCommand(), autostartCommand(), versionCommand())
+		imageCommand(), kernelCommand(), netCommand(), proxyCommand(), doctorCommand(), autostartCommand(), versionCommand())
 	flagsOnce(root)
 	return root
 }

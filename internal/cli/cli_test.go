@@ -94,7 +94,7 @@ func TestHelp(t *testing.T) {
 		"banger", "banger run", "banger create", "banger exec", "banger shell", "banger logs", "banger autostart",
 		"banger image pull", "banger image build", "banger kernel pull", "banger kernel import",
 		"banger image register", "banger image seed", "banger image tag", "banger image prune", "banger image verify",
-		"banger image export", "banger image import", "banger ports", "banger net log",
+		"banger image export", "banger image import", "banger ports", "banger net log", "banger proxy",
 	}
 	runs := []string{"banger run", "banger exec", "banger shell"}
 	for _, c := range commands(t) {
@@ -220,6 +220,17 @@ func TestArguments(t *testing.T) {
 		{"logs of no line", []string{"logs", "-n", "0", "a"}, banger.CodeUnavailable},
 		{"inspect of two", []string{"inspect", "a", "b"}, banger.CodeUsage},
 		{"stats", []string{"stats", "--no-stream"}, banger.CodeUnavailable},
+		{"proxy", []string{"proxy"}, banger.CodeUnavailable},
+		{"proxy to somewhere", []string{"proxy", "web"}, banger.CodeUsage},
+		{"proxy on a free port", []string{"proxy", "--listen", "0"}, banger.CodeUnavailable},
+		{"proxy on the last port", []string{"proxy", "--listen", "[::1]:65535"}, banger.CodeUnavailable},
+		{"proxy one port further", []string{"proxy", "--listen", "127.0.0.1:65536"}, banger.CodeUsage},
+		{"proxy on all addresses, said so", []string{"proxy", "--listen", "0.0.0.0:1080"}, banger.CodeUnavailable},
+		{"proxy on all addresses by omission", []string{"proxy", "--listen", ":1080"}, banger.CodeUsage},
+		{"proxy on all addresses by a star", []string{"proxy", "--listen", "*:1080"}, banger.CodeUsage},
+		{"proxy on a name", []string{"proxy", "--listen", "example.com:1080"}, banger.CodeUsage},
+		{"proxy on localhost", []string{"proxy", "--listen", "localhost:1080"}, banger.CodeUnavailable},
+		{"proxy on nothing", []string{"proxy", "--listen", ""}, banger.CodeUsage},
 		{"doctor", []string{"doctor"}, banger.CodeUnavailable},
 	} {
 		t.Run(c.name, func(t *testing.T) {

@@ -138,6 +138,7 @@ func (d *daemon) routes() map[string]api.Handler {
 		api.MethodKernelRemove: d.kernelRemove,
 		api.MethodPrepare:      d.prepare,
 		api.MethodDoctor:       d.doctor,
+		api.MethodProxy:        d.proxy,
 	}
 }
 

@@ -23,6 +23,7 @@ const (
 	supervisorPortAdd = "supervisor.port.add"
 	supervisorPortRm  = "supervisor.port.remove"
 	supervisorNetLog  = "supervisor.net.log"
+	supervisorDial    = "supervisor.dial"
 	// supervisorPeer hands over one end of a stream whose other end another
 	// VM's supervisor has.
 	supervisorPeer = "supervisor.peer"
@@ -163,6 +164,7 @@ func (sup *supervisor) networkRoutes() map[string]api.Handler {
 			}
 			return api.NetLog{Denials: sup.net.Log()}, nil
 		},
+		supervisorDial: sup.dial,
 		supervisorPeer: func(_ context.Context, c *api.Call) (any, error) {
 			f, err := c.File(0)
 			if err != nil {
@@ -247,8 +249,12 @@ func (m *manager) ports(method string) api.Handler {
 		if err := c.Params(&p); err != nil {
 			return nil, err
 		}
+		e, err := m.find(p.Name)
+		if err != nil {
+			return nil, err
+		}
 		var out api.Ports
-		return &out, m.askNetwork(ctx, p.Name, method, p, &out)
+		return &out, m.askNetwork(ctx, e, method, p, nil, &out)
 	}
 }
 
@@ -257,16 +263,16 @@ func (m *manager) netLog(ctx context.Context, c *api.Call) (any, error) {
 	if err := c.Params(&p); err != nil {
 		return nil, err
 	}
+	e, err := m.find(p.Name)
+	if err != nil {
+		return nil, err
+	}
 	var out api.NetLog
-	return &out, m.askNetwork(ctx, p.Name, supervisorNetLog, api.None{}, &out)
+	return &out, m.askNetwork(ctx, e, supervisorNetLog, api.None{}, nil, &out)
 }
 
 // askNetwork asks the supervisor of a VM that runs.
-func (m *manager) askNetwork(ctx context.Context, name, method string, params, result any) error {
-	e, err := m.find(name)
-	if err != nil {
-		return err
-	}
+func (m *manager) askNetwork(ctx context.Context, e *entry, method string, params any, files []*os.File, result any) error {
 	if err := e.check(); err != nil {
 		return err
 	}
@@ -279,5 +285,5 @@ func (m *manager) askNetwork(ctx context.Context, name, method string, params, r
 	if err != nil {
 		return err
 	}
-	return c.Call(ctx, method, params, nil, result, nil, nil)
+	return c.Call(ctx, method, params, files, result, nil, nil)
 }

@@ -294,6 +294,7 @@ func (r *resident) routes() map[string]api.Handler {
 		api.MethodPortAdd: m.ports(supervisorPortAdd),
 		api.MethodPortRm:  m.ports(supervisorPortRm),
 		api.MethodNetLog:  m.netLog,
+		api.MethodDial:    m.dial,
 		api.MethodLogs:    m.logs,
 		api.MethodStats:   m.stats,
 	}
