@@ -39,8 +39,8 @@ const (
 	MethodLogs    = "vm.logs"
 	MethodStats   = "vm.stats"
 
-	MethodPorts   = "vm.ports"    // what is open
-	MethodPortAdd = "vm.port.add" // until the VM stops
+	MethodPorts   = "vm.ports"
+	MethodPortAdd = "vm.port.add"
 	MethodPortRm  = "vm.port.remove"
 	MethodNetLog  = "vm.net.log"
 	MethodDial    = "vm.dial"
@@ -188,7 +188,8 @@ type PortParams struct {
 	Ports []string `json:"ports,omitempty"`
 }
 
-// Ports is a list.
+// Ports are the open ones of a VM that runs, and those that will be opened of
+// one at rest.
 type Ports struct {
 	Ports []banger.Port `json:"ports"`
 }

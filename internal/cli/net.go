@@ -72,12 +72,13 @@ func portsCommand() *cobra.Command {
 			},
 		}
 	}
-	cmd := group("ports", "Ports of the host that lead to a VM that runs",
+	cmd := group("ports", "Ports of the host that lead to a VM",
 		list("ls"),
 		change("add", "Lead ports of the host to a VM", api.MethodPortAdd),
 		change("rm", "Close ports again; connections live on", api.MethodPortRm))
-	cmd.Long = `Ports of the host that lead to a VM that runs. What is added here lasts until
-the VM stops; what ` + "`-p`" + ` gave it when it was made is there at every start.
+	cmd.Long = `Ports of the host that lead to a VM. They are part of it, like those that
+` + "`-p`" + ` gave it when it was made: added or closed at once where it runs, and the
+same at every start.
 
 EXAMPLE
   banger ports add web 8080:80

@@ -41,12 +41,12 @@ func checkNetwork(spec banger.Spec) error {
 	if _, err := policyOf(spec); err != nil {
 		return err
 	}
-	for _, text := range spec.Ports {
-		if _, err := usernet.ParseForward(text); err != nil {
-			return err
-		}
+	ports, err := parsePorts(spec.Ports)
+	if err != nil {
+		return err
 	}
-	return nil
+	_, err = addPorts(nil, ports)
+	return err
 }
 
 // A vmNetwork is the network of a supervisor's VM.
@@ -55,7 +55,8 @@ type vmNetwork struct {
 	card  vmm.NIC
 	guest wire.Network
 
-	mu sync.Mutex // over a change of the ports
+	mu        sync.Mutex // over a change of the ports
+	published []published
 }
 
 // openNetwork makes the network of a VM, with its ports, before the VM is
@@ -83,81 +84,23 @@ func openNetwork(rec vm.Record) (*vmNetwork, error) {
 		return nil, err
 	}
 	n.card.Attach = n.Attach
-	for _, text := range rec.Spec.Ports {
-		f, err := usernet.ParseForward(text)
-		if err == nil {
-			_, err = n.Forward(f)
-		}
-		if err != nil {
-			n.Close()
-			return nil, err
-		}
+	ports, err := parsePorts(rec.Spec.Ports)
+	if err == nil {
+		err = n.publish(ports)
+	}
+	if err != nil {
+		n.Close()
+		return nil, err
 	}
 	return n, nil
 }
 
-// ports are the open ones.
-func (n *vmNetwork) ports() []banger.Port {
-	out := []banger.Port{}
-	for _, f := range n.Forwards() {
-		out = append(out, banger.Port{Protocol: f.Proto, HostAddr: f.Host.Addr().String(), HostPort: f.Host.Port(), GuestPort: f.Guest})
-	}
-	return out
-}
-
-// change opens or closes ports, all of them or none.
-func (n *vmNetwork) change(texts []string, do, undo func(usernet.Forward) (usernet.Forward, error)) error {
-	n.mu.Lock()
-	defer n.mu.Unlock()
-	var done []usernet.Forward
-	for _, text := range texts {
-		f, err := usernet.ParseForward(text)
-		if err == nil {
-			f, err = do(f)
-		}
-		if err != nil {
-			for _, f := range done {
-				undo(f)
-			}
-			return err
-		}
-		done = append(done, f)
-	}
-	return nil
-}
-
-func (n *vmNetwork) unforward(f usernet.Forward) (usernet.Forward, error) {
-	return f, n.Unforward(f)
-}
-
 // networkRoutes are the calls about the network.
 func (sup *supervisor) networkRoutes() map[string]api.Handler {
-	ports := func(f func(texts []string) error) api.Handler {
-		return func(_ context.Context, c *api.Call) (any, error) {
-			var p api.PortParams
-			if err := c.Params(&p); err != nil {
-				return nil, err
-			}
-			if sup.net == nil {
-				return nil, noNetwork(sup.rec.Name)
-			}
-			if f != nil {
-				if err := f(p.Ports); err != nil {
-					return nil, err
-				}
-				sup.v.Note()
-			}
-			return api.Ports{Ports: sup.net.ports()}, nil
-		}
-	}
 	return map[string]api.Handler{
-		supervisorPorts: ports(nil),
-		supervisorPortAdd: ports(func(texts []string) error {
-			return sup.net.change(texts, sup.net.Forward, sup.net.unforward)
-		}),
-		supervisorPortRm: ports(func(texts []string) error {
-			return sup.net.change(texts, sup.net.unforward, sup.net.Forward)
-		}),
+		supervisorPorts:   sup.ports(nil),
+		supervisorPortAdd: sup.ports(sup.addPorts),
+		supervisorPortRm:  sup.ports(sup.removePorts),
 		supervisorNetLog: func(context.Context, *api.Call) (any, error) {
 			if sup.net == nil {
 				return nil, noNetwork(sup.rec.Name)
@@ -240,22 +183,6 @@ func (sup *supervisor) callPeer(ctx context.Context, s *store.Store, id string, 
 	}
 	sup.peer(ours)
 	return nil
-}
-
-// ports makes the handler of a call about ports.
-func (m *manager) ports(method string) api.Handler {
-	return func(ctx context.Context, c *api.Call) (any, error) {
-		var p api.PortParams
-		if err := c.Params(&p); err != nil {
-			return nil, err
-		}
-		e, err := m.find(p.Name)
-		if err != nil {
-			return nil, err
-		}
-		var out api.Ports
-		return &out, m.askNetwork(ctx, e, method, p, nil, &out)
-	}
 }
 
 func (m *manager) netLog(ctx context.Context, c *api.Call) (any, error) {

@@ -63,11 +63,12 @@ type stopParams struct {
 // command, its logs and its socket. It starts with the VM and ends with it,
 // and needs no daemon for either.
 type supervisor struct {
-	rec  vm.Record
-	v    *vm.VM
-	out  *vm.Log
-	info vmm.Info   // of the driver
-	net  *vmNetwork // nil for a VM that has none
+	store *store.Store
+	rec   vm.Record
+	v     *vm.VM
+	out   *vm.Log
+	info  vmm.Info   // of the driver
+	net   *vmNetwork // nil for a VM that has none
 
 	bare   bool // of this start
 	leased chan struct{}
@@ -116,7 +117,7 @@ func supervise(id string, newDriver func() (vmm.Driver, error)) error {
 	if api.Gone(conn) {
 		return errors.New("the daemon went away before the VM was held")
 	}
-	sup := &supervisor{leased: make(chan struct{}), over: make(chan struct{})}
+	sup := &supervisor{store: s, leased: make(chan struct{}), over: make(chan struct{})}
 	release, err := sup.open(s, id, newDriver)
 	if err != nil {
 		// The daemon hears of it as the answer to its start.

@@ -56,7 +56,7 @@ type manager struct {
 // An entry is one VM.
 type entry struct {
 	id  string
-	rec vm.Record // does not change
+	rec vm.Record // does not change, but for Spec.Ports, which are to be read anew
 	net int       // rec.Net, from before there is a record; under manager.mu
 	// broken is why the records cannot be read. Nothing is done with such a VM
 	// but showing it and, when forced, removing it.

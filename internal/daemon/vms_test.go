@@ -857,7 +857,8 @@ func TestFullDisk(t *testing.T) {
 		w.end()
 		unix.Unmount(small, unix.MNT_DETACH)
 	}()
-	w.create("runs", banger.Spec{})
+	kept, added := freePort(t), freePort(t)
+	w.create("runs", banger.Spec{Ports: []string{fmt.Sprintf("%d:80", kept)}})
 	w.do(api.MethodStart, "runs")
 	w.create("rests", banger.Spec{})
 	ballast, err := os.Create(filepath.Join(small, "ballast"))
@@ -874,6 +875,17 @@ func TestFullDisk(t *testing.T) {
 	wantCode(t, w.call(api.MethodCreate, api.CreateParams{Name: "new", Prepared: w.prep}, nil), banger.CodeNoSpace)
 	if err := w.call(api.MethodStart, api.VMParams{Name: "rests"}, nil); err == nil {
 		t.Error("a start that cannot be recorded")
+	}
+	// Ports that cannot be recorded are not opened or closed either.
+	for name, port := range map[string]int{"runs": added, "rests": added} {
+		ports := api.PortParams{Name: name, Ports: []string{fmt.Sprintf("%d:81", port)}}
+		wantCode(t, w.call(api.MethodPortAdd, ports, nil), banger.CodeNoSpace)
+	}
+	wantCode(t, w.call(api.MethodPortRm, api.PortParams{Name: "runs", Ports: []string{fmt.Sprintf("%d:80", kept)}}, nil), banger.CodeNoSpace)
+	w.wantPorts("on a full disk", "runs", fmt.Sprintf("%d:80", kept))
+	w.wantPorts("on a full disk", "rests")
+	if !isOpen(kept) || isOpen(added) {
+		t.Errorf("on a full disk: open is what was %v, what was to come %v", isOpen(kept), isOpen(added))
 	}
 	if v := w.list(); len(v) != 2 || v["runs"].State != banger.StateRunning || v["rests"].State != banger.StateCreated {
 		t.Errorf("there are %+v", v)

@@ -9,17 +9,23 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"strings"
 )
 
 // maxRecordBytes bounds a JSON record. The largest holds an image's
 // configuration, whose own limit is below this.
 const maxRecordBytes = 16 << 20
 
+// halfWritten begins the name of a file that is being written, and no other's.
+const halfWritten = "."
+
+func isHalfWritten(name string) bool { return strings.HasPrefix(name, halfWritten) }
+
 // WriteFile replaces the file at path: whoever reads it, even after a power
 // cut, finds the old bytes or the new ones.
 func WriteFile(path string, data []byte, perm fs.FileMode) (err error) {
 	dir := filepath.Dir(path)
-	f, err := os.CreateTemp(dir, "."+filepath.Base(path)+".*")
+	f, err := os.CreateTemp(dir, halfWritten+filepath.Base(path)+".*")
 	if err != nil {
 		return err
 	}

@@ -39,7 +39,7 @@ const (
 	defaultsFile = "default"     // in kernels/
 
 	// In vms/<id>/:
-	VMRecord     = "vm.json"        // what the VM is; written once
+	VMRecord     = "vm.json"        // what the VM is; rewritten when its ports change
 	VMLife       = "life.json"      // what became of it; rewritten at every change
 	VMOverlay    = "overlay.ext4"   // overlay disk
 	VMWork       = "work.ext4"      // work disk
@@ -327,6 +327,18 @@ func (s *Store) HoldVM(id string) (hold *os.File, err error) {
 		return nil, err
 	}
 	return f, nil
+}
+
+// SweepVM removes what was half written into a VM's folder by a process that
+// died. The caller holds the VM.
+func (s *Store) SweepVM(id string) error {
+	entries, err := os.ReadDir(s.VM(id))
+	for _, e := range entries {
+		if isHalfWritten(e.Name()) {
+			err = errors.Join(err, os.Remove(filepath.Join(s.VM(id), e.Name())))
+		}
+	}
+	return err
 }
 
 // VMIDs lists the ids of all VMs. What is no folder with the name of an id is

@@ -23,7 +23,7 @@ import (
 )
 
 const (
-	maxForwards = 256 // of one VM
+	MaxForwards = 256 // of one VM
 	// maxForwardConns bounds connections from the host into one VM.
 	maxForwardConns = 1024
 	maxForwardPeers = 256 // senders of one UDP forward; the rest is dropped
@@ -113,8 +113,8 @@ func (n *Network) Forward(f Forward) (Forward, error) {
 	if n.closed() {
 		return f, net.ErrClosed
 	}
-	if len(n.forwards) >= maxForwards {
-		return f, banger.Errorf(banger.CodeUsage, "port %v: the VM has %d ports already", f, maxForwards)
+	if len(n.forwards) >= MaxForwards {
+		return f, banger.Errorf(banger.CodeUsage, "port %v: the VM has %d ports already", f, MaxForwards)
 	}
 	for _, g := range n.forwards {
 		if f.same(g.Forward) && f.Host.Port() != 0 {

@@ -289,11 +289,11 @@ func TestForwardConflicts(t *testing.T) {
 	if _, err := n.Forward(Forward{"tcp", netip.MustParseAddrPort("192.0.2.77:80"), 80}); banger.CodeOf(err) != banger.CodeUnavailable {
 		t.Errorf("an address of somebody else: %v", err)
 	}
-	for i := 1; i < maxForwards; i++ {
+	for i := 1; i < MaxForwards; i++ {
 		mustForward(t, n, "0:80")
 	}
 	if _, err := n.Forward(Forward{"tcp", netip.MustParseAddrPort("127.0.0.1:0"), 80}); banger.CodeOf(err) != banger.CodeUsage {
-		t.Errorf("port %d: %v", maxForwards+1, err)
+		t.Errorf("port %d: %v", MaxForwards+1, err)
 	}
 	n.Close()
 	if _, err := n.Forward(Forward{"tcp", netip.MustParseAddrPort("127.0.0.1:0"), 80}); err == nil {

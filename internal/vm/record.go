@@ -19,9 +19,9 @@ const (
 	lifeSchema   = 1
 )
 
-// A Record is what a VM is: vms/<id>/vm.json. It is written once, with the
-// disks, before the VM can be seen. Paths are not in it, so that the state
-// folder can be moved.
+// A Record is what a VM is: vms/<id>/vm.json. It is written with the disks,
+// before the VM can be seen; nothing of it changes but Spec.Ports. Paths are not
+// in it, so that the state folder can be moved.
 type Record struct {
 	ID        string             `json:"id"`
 	Name      string             `json:"name"`
@@ -152,6 +152,16 @@ func SaveLife(s *store.Store, id string, l Life) error {
 	return store.WriteJSON(filepath.Join(s.VM(id), store.VMLife), lifeSchema, l)
 }
 
+// SavePorts replaces the ports in the record of a VM. The caller holds the VM.
+func SavePorts(s *store.Store, id string, ports []string) error {
+	r, _, err := Load(s, id)
+	if err != nil {
+		return err
+	}
+	r.Spec.Ports = ports
+	return store.WriteJSON(filepath.Join(s.VM(id), store.VMRecord), recordSchema, r)
+}
+
 // Settle brings the record of a VM to rest whose owner is gone, ends what is
 // left of its VMM, and says in words what it found; "" where all was in order.
 // The caller holds the VM.
@@ -164,6 +174,7 @@ func Settle(s *store.Store, id string, l *Life) (found string, err error) {
 	}
 	os.Remove(filepath.Join(s.VM(id), store.SupervisorSocket))
 	os.RemoveAll(s.VMRun(id))
+	s.SweepVM(id) // what stays is in nobody's way
 	if settle(was) == was {
 		return "", nil
 	}
