@@ -91,9 +91,9 @@ func netCommand() *cobra.Command {
 	log := &cobra.Command{
 		Use:   "log VM",
 		Short: "Show what a VM's guest was denied, and what would allow it",
-		Long: `Show what the guest of a VM that runs wanted to reach and was denied, each with
-the reason and the flag that would allow it. Equal ones are one line; the last
-512 are kept.
+		Long: `Show what the guest of a VM wanted to reach and was denied, each with the reason
+and the flag that would allow it; also of one that is stopped, and from earlier
+starts. Equal ones are one line; the last 512 are kept.
 
 EXAMPLE
   banger net log web`,
@@ -108,7 +108,7 @@ EXAMPLE
 			}
 			rows := [][]string{{"LAST", "TIMES", "WHAT", "REASON", "ALLOWED BY"}}
 			for _, d := range out.Denials {
-				rows = append(rows, []string{d.Last.Local().Format("15:04:05"), strconv.Itoa(d.Count), denied(d), d.Reason, d.Flag})
+				rows = append(rows, []string{d.Last.Local().Format("2006-01-02 15:04:05"), strconv.Itoa(d.Count), denied(d), d.Reason, d.Flag})
 			}
 			return table(rows)
 		},

@@ -133,6 +133,14 @@ func fakeGuest(g *vmmtest.FakeGuest, _ uint32, conn net.Conn) {
 					return
 				}
 			}
+		case "spoof": // a packet from 2001:db8::N
+			n, _ := strconv.Atoi(words[1])
+			packet := make([]byte, 48)
+			packet[0], packet[5], packet[6], packet[7] = 0x60, 8, 17, 64
+			packet[8], packet[9], packet[10], packet[11], packet[23] = 0x20, 0x01, 0x0d, 0xb8, byte(n)
+			packet[24], packet[39] = 0x20, 1
+			g.SendFrame([6]byte{0x02, 0x62, 0x61, 0x6e, 0x67, 0x65}, 0x86dd, packet)
+			exit(0)
 		case "poweroff":
 			g.PowerOff()
 		case "reboot":
@@ -386,7 +394,7 @@ func (w *world) atRest(names ...string) {
 			w.t.Error(err)
 		}
 		for _, e := range entries {
-			if !slices.Contains([]string{store.VMRecord, store.VMLife, store.VMOverlay, store.VMWork, store.VMOutput, store.VMConsole, store.VMSupervisor}, e.Name()) {
+			if !slices.Contains([]string{store.VMRecord, store.VMLife, store.VMOverlay, store.VMWork, store.VMOutput, store.VMConsole, store.VMNetLog, store.VMSupervisor}, e.Name()) {
 				w.t.Errorf("VM %s has a file %s", id, e.Name())
 			}
 		}

@@ -61,7 +61,7 @@ type vmNetwork struct {
 
 // openNetwork makes the network of a VM, with its ports, before the VM is
 // there: nothing of a guest is ever without its policy.
-func openNetwork(rec vm.Record) (*vmNetwork, error) {
+func openNetwork(rec vm.Record, earlier []banger.Denial) (*vmNetwork, error) {
 	policy, err := policyOf(rec.Spec)
 	if err != nil {
 		return nil, err
@@ -80,7 +80,7 @@ func openNetwork(rec vm.Record) (*vmNetwork, error) {
 			Search:    append([]string{usernet.Domain}, usernet.HostSearch()...),
 		},
 	}
-	if n.Network, err = usernet.New(usernet.Config{Name: rec.Name, Addresses: a, Policy: policy}); err != nil {
+	if n.Network, err = usernet.New(usernet.Config{Name: rec.Name, Addresses: a, Policy: policy, Log: earlier}); err != nil {
 		return nil, err
 	}
 	n.card.Attach = n.Attach
@@ -183,19 +183,6 @@ func (sup *supervisor) callPeer(ctx context.Context, s *store.Store, id string, 
 	}
 	sup.peer(ours)
 	return nil
-}
-
-func (m *manager) netLog(ctx context.Context, c *api.Call) (any, error) {
-	var p api.Named
-	if err := c.Params(&p); err != nil {
-		return nil, err
-	}
-	e, err := m.find(p.Name)
-	if err != nil {
-		return nil, err
-	}
-	var out api.NetLog
-	return &out, m.askNetwork(ctx, e, supervisorNetLog, api.None{}, nil, &out)
 }
 
 // askNetwork asks the supervisor of a VM that runs.

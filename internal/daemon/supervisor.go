@@ -160,9 +160,11 @@ func supervise(id string, newDriver func() (vmm.Driver, error)) error {
 			sup.stop(ctx)
 		}
 	}()
+	endLog := sup.keepNetLog()
 	if err := <-started; err == nil {
 		sup.live(ctx)
 	}
+	endLog()
 	l.Close()
 	close(sup.over)
 	// Whoever hears of the end is told before this process is gone.
@@ -251,7 +253,11 @@ func (sup *supervisor) open(s *store.Store, id string, newDriver func() (vmm.Dri
 	var card *vmm.NIC
 	var guest *wire.Network
 	if sup.rec.Net > 0 {
-		if sup.net, err = openNetwork(sup.rec); err != nil {
+		earlier, err := loadNetLog(s, id)
+		if err != nil { // it begins anew
+			fmt.Fprintln(os.Stderr, "supervisor:", err)
+		}
+		if sup.net, err = openNetwork(sup.rec, earlier); err != nil {
 			return release, err
 		}
 		undo = append(undo, func() { sup.net.Close() })

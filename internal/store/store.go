@@ -45,6 +45,7 @@ const (
 	VMWork       = "work.ext4"      // work disk
 	VMOutput     = "output.log"     // of its main command
 	VMConsole    = "console.log"    // of its guest
+	VMNetLog     = "netlog.json"    // what its guest was denied
 	VMRemoving   = "removing"       // its removal was decided
 	vmRun        = "run"            // gone when the VM does not run
 	VMInitramfs  = "initramfs.img"  // in run/

@@ -6,6 +6,7 @@ import (
 	"math/rand/v2"
 	"net"
 	"net/netip"
+	"reflect"
 	"runtime"
 	"slices"
 	"strings"
@@ -280,7 +281,7 @@ func TestBudget(t *testing.T) {
 }
 
 func TestDenialLog(t *testing.T) {
-	var l denialLog
+	l := newDenialLog(nil)
 	at := func(i int) time.Time { return time.Unix(int64(i), 0) }
 	for i := range 3 * maxDenials {
 		l.add(at(i), Denial{Proto: "tcp", Reason: fmt.Sprint(i)})
@@ -294,5 +295,19 @@ func TestDenialLog(t *testing.T) {
 		if want := fmt.Sprint(2*maxDenials + i); d.Reason != want || d.Count != 2 || d.Last.Sub(d.First) != time.Second {
 			t.Fatalf("entry %d: %+v", i, d)
 		}
+	}
+	select {
+	case <-l.changed:
+	default:
+		t.Error("nobody is told")
+	}
+	// It goes on where an earlier one ended.
+	next := newDenialLog(append([]Denial{{Reason: "gives way"}}, all...))
+	if got := next.all(); !reflect.DeepEqual(got, all) {
+		t.Errorf("%d entries, %d before; the first is %+v", len(got), len(all), got[0])
+	}
+	next.add(at(5000), all[0])
+	if got := next.all(); len(got) != maxDenials || got[0].Count != 3 || got[0].First != all[0].First || got[0].Last != at(5000) {
+		t.Errorf("the first is %+v, before %+v", got[0], all[0])
 	}
 }

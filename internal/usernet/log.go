@@ -24,28 +24,48 @@ type denialKey struct {
 
 // A denialLog is a bounded list of denials, oldest first by First.
 type denialLog struct {
+	changed chan struct{} // holds one token once something was added
+
 	mu   sync.Mutex
 	list []*Denial
 	at   map[denialKey]*Denial
 }
 
+// newDenialLog makes a log that goes on from an earlier one.
+func newDenialLog(earlier []Denial) *denialLog {
+	l := &denialLog{changed: make(chan struct{}, 1), at: make(map[denialKey]*Denial)}
+	for _, d := range earlier {
+		l.put(d)
+	}
+	return l
+}
+
+func keyOf(d Denial) denialKey {
+	return denialKey{d.Proto, d.Reason, strings.Join(d.Names, ","), d.To, d.From}
+}
+
 func (l *denialLog) add(now time.Time, d Denial) {
-	key := denialKey{d.Proto, d.Reason, strings.Join(d.Names, ","), d.To, d.From}
+	d.First, d.Last, d.Count = now, now, 1
+	l.put(d)
+	select {
+	case l.changed <- struct{}{}:
+	default:
+	}
+}
+
+// put adds a denial, or counts it with an equal one.
+func (l *denialLog) put(d Denial) {
+	key := keyOf(d)
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if old := l.at[key]; old != nil {
-		old.Last = now
-		old.Count++
+		old.Last = d.Last
+		old.Count += d.Count
 		return
 	}
 	if len(l.list) == maxDenials {
-		first := l.list[0]
-		delete(l.at, denialKey{first.Proto, first.Reason, strings.Join(first.Names, ","), first.To, first.From})
+		delete(l.at, keyOf(*l.list[0]))
 		l.list = slices.Delete(l.list, 0, 1)
-	}
-	d.First, d.Last, d.Count = now, now, 1
-	if l.at == nil {
-		l.at = make(map[denialKey]*Denial)
 	}
 	l.at[key] = &d
 	l.list = append(l.list, &d)

@@ -42,6 +42,8 @@ type Config struct {
 	Addresses Addresses
 	MTU       int // of the guest's link; 0 is DefaultMTU
 	Policy    Policy
+	// Log is what an earlier network of the VM denied; its own goes on from it.
+	Log []Denial
 
 	// Resolver answers names that are not VMs'. Nil is HostResolver.
 	Resolver Resolver
@@ -60,7 +62,7 @@ type Network struct {
 	now      func() time.Time
 
 	answers answers
-	denials denialLog
+	denials *denialLog
 
 	received, sent, refused atomic.Uint64
 	dropped                 [drops]atomic.Uint64
@@ -104,6 +106,7 @@ func New(cfg Config) (*Network, error) {
 		link: &link{addr: cfg.Addresses, local: gatewayLinkLocal, mtu: cfg.MTU,
 			dhcp: dhcpOptions{hostname: cfg.Name, domain: Domain}},
 		policy: cfg.Policy, resolver: cfg.Resolver, route: cfg.Route, now: time.Now,
+		denials: newDenialLog(cfg.Log),
 	}, nil
 }
 
@@ -190,6 +193,9 @@ func (n *Network) Close() error {
 
 // Log is what the guest was denied, oldest first, at most maxDenials entries.
 func (n *Network) Log() []Denial { return n.denials.all() }
+
+// Denied gives a token when the log has changed since the last one was taken.
+func (n *Network) Denied() <-chan struct{} { return n.denials.changed }
 
 func (n *Network) deny(d Denial) { n.denials.add(n.now(), d) }
 

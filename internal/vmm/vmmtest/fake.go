@@ -366,6 +366,15 @@ func (c *fakeCard) send(frame []byte) {
 // Machine is what the driver was given.
 func (g *FakeGuest) Machine() vmm.Machine { return g.m }
 
+// SendFrame has the guest's card send a frame to a MAC; a guest without one
+// sends nothing.
+func (g *FakeGuest) SendFrame(to [6]byte, etherType uint16, payload []byte) {
+	if g.card != nil {
+		frame := append(append([]byte(nil), to[:]...), g.card.MAC[:]...)
+		g.card.send(append(binary.BigEndian.AppendUint16(frame, etherType), payload...))
+	}
+}
+
 // Print writes to the console, unless the machine has ended.
 func (g *FakeGuest) Print(text string) {
 	g.printing.Lock()
