@@ -105,6 +105,17 @@ type Port struct {
 	GuestPort uint16 `json:"guest_port"`
 }
 
+// A Listener is a socket in a guest that waits for peers, as the guest has it:
+// Process, which is the name that a process there gave itself, is untrusted
+// text.
+type Listener struct {
+	Protocol string     `json:"protocol"` // tcp or udp
+	Addr     netip.Addr `json:"addr"`     // 0.0.0.0 and :: are every address of the guest's
+	Port     uint16     `json:"port"`
+	Process  string     `json:"process,omitempty"`
+	PID      int        `json:"pid,omitempty"` // in the guest; 0 where it was not found out
+}
+
 // A Denial is something the guest wanted and did not get. Equal ones are one,
 // counted. Names were answered by our DNS; they hold printable ASCII alone.
 type Denial struct {

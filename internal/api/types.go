@@ -188,11 +188,39 @@ type PortParams struct {
 	Ports []string `json:"ports,omitempty"`
 }
 
-// Ports are the open ones of a VM that runs, and those that will be opened of
-// one at rest.
+// Ports are those of the host that lead to a VM, the open ones or, of a VM at
+// rest, those of its record; and what waits for peers in its guest.
 type Ports struct {
-	Ports []banger.Port `json:"ports"`
+	Ports []Port `json:"ports"`
+	// Listeners is null where the guest was not asked, or did not answer.
+	Listeners []Listener `json:"listeners"`
+	More      bool       `json:"more,omitempty"`    // there are listeners beyond these
+	Unknown   string     `json:"unknown,omitempty"` // why the guest did not answer; untrusted text
 }
+
+// A Port is a port of the host, and whether anything in the guest waits for what
+// comes there: null where that is not known.
+type Port struct {
+	banger.Port
+	Listening *bool `json:"listening"`
+}
+
+// A Listener is a socket of the guest's, and whether ports of the host can lead
+// to it and do.
+type Listener struct {
+	banger.Listener
+	Reach     Reach `json:"reach"`
+	Forwarded bool  `json:"forwarded"`
+}
+
+// A Reach says who can come to a socket of a guest.
+type Reach string
+
+const (
+	ReachPort     Reach = "port"     // ports of the host lead there
+	ReachLoopback Reach = "loopback" // the guest itself alone
+	ReachOther    Reach = "other"    // it is at an address of the guest's that ports do not lead to
+)
 
 // NetLog is what a VM's network has denied.
 type NetLog struct {

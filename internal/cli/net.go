@@ -3,6 +3,8 @@ package cli
 import (
 	"fmt"
 	"net"
+	"os"
+	"slices"
 	"strconv"
 	"strings"
 
@@ -33,30 +35,37 @@ func (m *machineFlags) completeNetwork() error {
 }
 
 func portsCommand() *cobra.Command {
-	list := func(use string) *cobra.Command {
-		var asJSON bool
-		cmd := &cobra.Command{
-			Use:   use,
-			Short: "List the ports of the host that lead to a VM",
-			Args:  exactly("VM"),
-			RunE: func(cmd *cobra.Command, args []string) error {
-				var out api.Ports
-				if err := ask(api.MethodPorts, api.PortParams{Name: args[0]}, &out); err != nil {
-					return err
-				}
-				if asJSON {
-					return printJSON(out.Ports)
-				}
-				rows := [][]string{{"HOST", "GUEST"}}
-				for _, p := range out.Ports {
-					rows = append(rows, []string{net.JoinHostPort(p.HostAddr, strconv.Itoa(int(p.HostPort))), fmt.Sprintf("%d/%s", p.GuestPort, p.Protocol)})
-				}
-				return table(rows)
-			},
-		}
-		cmd.Flags().BoolVar(&asJSON, "json", false, "print a JSON list")
-		return cmd
+	var asJSON bool
+	list := &cobra.Command{
+		Use:   "ls VM",
+		Short: "List the ports of the host that lead to a VM, and what listens in its guest",
+		Long: `List the ports of the host that lead to a VM and, where it runs, what listens
+in its guest: which of them lead to nobody, and to what there is none yet.
+
+EXAMPLE
+  banger ports ls web`,
+		Args: exactly("VM"),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			var out api.Ports
+			if err := ask(api.MethodPorts, api.PortParams{Name: args[0]}, &out); err != nil {
+				return err
+			}
+			if asJSON {
+				return printJSON(out)
+			}
+			if err := table(portRows(args[0], out)); err != nil {
+				return err
+			}
+			switch {
+			case out.Unknown != "":
+				fmt.Fprintf(os.Stderr, "banger: what listens in the guest is not known: %s\n", escape(out.Unknown))
+			case out.More:
+				fmt.Fprintf(os.Stderr, "banger: more listens in the guest than the first %d\n", len(out.Listeners))
+			}
+			return nil
+		},
 	}
+	list.Flags().BoolVar(&asJSON, "json", false, "print it as JSON")
 	change := func(use, short, method string) *cobra.Command {
 		return &cobra.Command{
 			Use:   use + " VM [IP:]HOST:GUEST[/udp]...",
@@ -73,7 +82,7 @@ func portsCommand() *cobra.Command {
 		}
 	}
 	cmd := group("ports", "Ports of the host that lead to a VM",
-		list("ls"),
+		list,
 		change("add", "Lead ports of the host to a VM", api.MethodPortAdd),
 		change("rm", "Close ports again; connections live on", api.MethodPortRm))
 	cmd.Long = `Ports of the host that lead to a VM. They are part of it, like those that
@@ -84,6 +93,94 @@ EXAMPLE
   banger ports add web 8080:80
   banger ports ls web`
 	return cmd
+}
+
+// portRows are the rows of a list of ports: those of the host first, then what
+// listens in the guest with none.
+func portRows(vm string, p api.Ports) [][]string {
+	if p.Listeners == nil {
+		rows := [][]string{{"HOST", "GUEST"}}
+		for _, port := range p.Ports {
+			rows = append(rows, []string{hostPort(port), guestPort(port.Protocol, port.GuestPort)})
+		}
+		return rows
+	}
+	rows := [][]string{{"HOST", "GUEST", "LISTENER", "NOTE"}}
+	for _, port := range p.Ports {
+		row := []string{hostPort(port), guestPort(port.Protocol, port.GuestPort)}
+		if port.Listening == nil || !*port.Listening {
+			row = append(row, "-", "nothing listens there")
+		} else {
+			row = append(row, listenersAt(p.Listeners, port))
+		}
+		rows = append(rows, row)
+	}
+	for _, l := range p.Listeners {
+		if l.Forwarded {
+			continue
+		}
+		row := []string{"-", guestPort(l.Protocol, l.Port), listener(l)}
+		switch l.Reach {
+		case api.ReachLoopback:
+			row = append(row, "of the guest itself: no port of the host leads there")
+		case api.ReachPort:
+			row = append(row, fmt.Sprintf("banger ports add %s %s", vm, suggestedPort(l)))
+		default:
+			row = append(row, "at an address that no port of the host leads to")
+		}
+		rows = append(rows, row)
+	}
+	return rows
+}
+
+func hostPort(p api.Port) string {
+	return net.JoinHostPort(p.HostAddr, strconv.Itoa(int(p.HostPort)))
+}
+
+func guestPort(proto string, port uint16) string { return fmt.Sprintf("%d/%s", port, proto) }
+
+// listener is who listens, and where if not everywhere.
+func listener(l api.Listener) string {
+	name := l.Process
+	if name == "" {
+		name = "unknown"
+	}
+	if l.Addr.IsUnspecified() {
+		return name
+	}
+	return name + " on " + l.Addr.String()
+}
+
+// maxListenersShown bounds the names beside one port: honest guests have one or
+// two there.
+const maxListenersShown = 4
+
+// listenersAt are those whom a port leads to.
+func listenersAt(all []api.Listener, p api.Port) string {
+	var names []string
+	for _, l := range all {
+		if l.Forwarded && l.Protocol == p.Protocol && l.Port == p.GuestPort && !slices.Contains(names, listener(l)) {
+			names = append(names, listener(l))
+		}
+	}
+	if len(names) > maxListenersShown {
+		names = append(names[:maxListenersShown], "...")
+	}
+	return strings.Join(names, ", ")
+}
+
+// suggestedPort is what would lead to a listener. Ports below 1024 are root's
+// on the host.
+func suggestedPort(l api.Listener) string {
+	host := int(l.Port)
+	if host < 1024 {
+		host += 8000
+	}
+	text := fmt.Sprintf("%d:%d", host, l.Port)
+	if l.Protocol == "udp" {
+		text += "/udp"
+	}
+	return text
 }
 
 func netCommand() *cobra.Command {

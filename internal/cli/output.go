@@ -1,6 +1,7 @@
 package cli
 
 import (
+	"bytes"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -72,19 +73,32 @@ func printJSON(v any) error {
 	return enc.Encode(v)
 }
 
-// table prints rows in columns; the first row is the head. Cells are escaped.
+// table prints rows in columns; the first row is the head, and a row may end
+// early. Cells are escaped.
 func table(rows [][]string) error {
-	tw := tabwriter.NewWriter(os.Stdout, 0, 8, 2, ' ', 0)
+	var b bytes.Buffer
+	tw := tabwriter.NewWriter(&b, 0, 8, 2, ' ', 0)
 	for _, row := range rows {
-		for i, cell := range row {
+		// A cell that is missing would end its column here.
+		for i := range max(len(rows[0]), len(row)) {
 			if i > 0 {
 				fmt.Fprint(tw, "\t")
 			}
-			fmt.Fprint(tw, escape(cell))
+			if i < len(row) {
+				fmt.Fprint(tw, escape(row[i]))
+			}
 		}
 		fmt.Fprintln(tw)
 	}
-	return tw.Flush()
+	if err := tw.Flush(); err != nil {
+		return err
+	}
+	var out strings.Builder
+	for line := range strings.Lines(b.String()) {
+		fmt.Fprintln(&out, strings.TrimRight(line, " \n"))
+	}
+	_, err := os.Stdout.WriteString(out.String())
+	return err
 }
 
 // size writes bytes as people read them, in powers of 1024.

@@ -6,6 +6,7 @@ import (
 
 	"fmt"
 	"net"
+	"net/netip"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -90,6 +91,13 @@ func vmIsThere(pid int) bool {
 	return err == nil
 }
 
+// fakeSockets are what listens in every fake guest.
+var fakeSockets = []wire.Socket{
+	{Proto: "tcp", Local: netip.MustParseAddrPort("0.0.0.0:80"), PID: 7, Process: "\x1b[2Jweb"},
+	{Proto: "tcp", Local: netip.MustParseAddrPort("127.0.0.1:81"), PID: 8, Process: "db"},
+	{Proto: "udp", Local: netip.MustParseAddrPort("[::]:53")},
+}
+
 // fakeGuest boots, and runs commands that are a word or two.
 func fakeGuest(g *vmmtest.FakeGuest, _ uint32, conn net.Conn) {
 	defer conn.Close()
@@ -98,6 +106,9 @@ func fakeGuest(g *vmmtest.FakeGuest, _ uint32, conn net.Conn) {
 		return
 	}
 	reply := wire.Reply{Version: wire.Version}
+	if req.Op == wire.OpSockets {
+		reply.Sockets = &wire.Sockets{List: fakeSockets}
+	}
 	if req.Op == wire.OpExec && len(req.Exec.Args) == 2 && req.Exec.Args[0] == "refuse" {
 		reply.Error = &wire.Error{Code: wire.ErrorCode(req.Exec.Args[1]), Message: "the agent refuses"}
 	}

@@ -98,9 +98,9 @@ func openNetwork(rec vm.Record, earlier []banger.Denial) (*vmNetwork, error) {
 // networkRoutes are the calls about the network.
 func (sup *supervisor) networkRoutes() map[string]api.Handler {
 	return map[string]api.Handler{
-		supervisorPorts:   sup.ports(nil),
-		supervisorPortAdd: sup.ports(sup.addPorts),
-		supervisorPortRm:  sup.ports(sup.removePorts),
+		supervisorPorts:   sup.portList,
+		supervisorPortAdd: sup.changePorts(sup.addPorts),
+		supervisorPortRm:  sup.changePorts(sup.removePorts),
 		supervisorNetLog: func(context.Context, *api.Call) (any, error) {
 			if sup.net == nil {
 				return nil, noNetwork(sup.rec.Name)

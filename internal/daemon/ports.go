@@ -3,8 +3,10 @@ package daemon
 import (
 	"context"
 	"fmt"
+	"net/netip"
 	"slices"
 	"strings"
+	"time"
 
 	"banger"
 	"banger/internal/api"
@@ -108,8 +110,79 @@ func (n *vmNetwork) ports() []banger.Port {
 	return out
 }
 
-// ports makes the handler of a call about the ports of a VM that runs.
-func (sup *supervisor) ports(change func([]usernet.Forward) error) api.Handler {
+// apiPorts is a list of ports of which no more is known.
+func apiPorts(list []usernet.Forward) api.Ports {
+	out := api.Ports{Ports: []api.Port{}}
+	for _, f := range list {
+		out.Ports = append(out.Ports, api.Port{Port: portOf(f)})
+	}
+	return out
+}
+
+// joinListeners puts a guest's listeners beside the ports that lead to it.
+func joinListeners(list []usernet.Forward, a usernet.Addresses, listeners []banger.Listener) api.Ports {
+	out := apiPorts(list)
+	out.Listeners = []api.Listener{}
+	for i := range list {
+		out.Ports[i].Listening = new(bool)
+	}
+	for _, l := range listeners {
+		found := api.Listener{Listener: l, Reach: api.ReachPort}
+		switch {
+		case l.Addr.IsLoopback():
+			found.Reach = api.ReachLoopback
+		case !l.Addr.IsUnspecified() && l.Addr != a.IPv4.Addr() && l.Addr != a.IPv6.Addr():
+			found.Reach = api.ReachOther
+		}
+		for i, f := range list {
+			if found.Reach == api.ReachPort && leadsTo(f, l) {
+				found.Forwarded, *out.Ports[i].Listening = true, true
+			}
+		}
+		out.Listeners = append(out.Listeners, found)
+	}
+	return out
+}
+
+// leadsTo says whether what comes to a port of the host comes to a listener at
+// one of the guest's own addresses: TCP tries both of them, UDP has the version
+// of IP that the port has. A socket at :: is taken to serve IPv4 too, as is the
+// rule: its table does not show the exception.
+func leadsTo(f usernet.Forward, l banger.Listener) bool {
+	if f.Proto != l.Protocol || f.Guest != l.Port {
+		return false
+	}
+	return f.Proto == "tcp" || f.Host.Addr().Is4() == l.Addr.Is4() || f.Host.Addr().Is4() && l.Addr == netip.IPv6Unspecified()
+}
+
+// listenersLimit bounds the guest's answer, so that one that does not answer
+// does not keep its ports from being listed.
+const listenersLimit = 10 * time.Second
+
+// portList lists the ports of the VM, and what waits for peers in its guest.
+func (sup *supervisor) portList(ctx context.Context, _ *api.Call) (any, error) {
+	if sup.net == nil {
+		return nil, noNetwork(sup.rec.Name)
+	}
+	a, err := usernet.AddressesOf(sup.rec.Net)
+	if err != nil {
+		return nil, err
+	}
+	ctx, cancel := context.WithTimeout(ctx, listenersLimit)
+	defer cancel()
+	listeners, more, err := sup.v.Listeners(ctx)
+	if err != nil {
+		out := apiPorts(sup.net.Forwards())
+		out.Unknown = err.Error()
+		return out, nil
+	}
+	out := joinListeners(sup.net.Forwards(), a, listeners)
+	out.More = more
+	return out, nil
+}
+
+// changePorts makes the handler of a call that changes the ports.
+func (sup *supervisor) changePorts(change func([]usernet.Forward) error) api.Handler {
 	return func(_ context.Context, c *api.Call) (any, error) {
 		var p api.PortParams
 		if err := c.Params(&p); err != nil {
@@ -118,20 +191,18 @@ func (sup *supervisor) ports(change func([]usernet.Forward) error) api.Handler {
 		if sup.net == nil {
 			return nil, noNetwork(sup.rec.Name)
 		}
-		if change != nil {
-			list, err := parsePorts(p.Ports)
-			if err != nil {
-				return nil, err
-			}
-			sup.net.mu.Lock()
-			err = change(list)
-			sup.net.mu.Unlock()
-			if err != nil {
-				return nil, err
-			}
-			sup.v.Note()
+		list, err := parsePorts(p.Ports)
+		if err != nil {
+			return nil, err
 		}
-		return api.Ports{Ports: sup.net.ports()}, nil
+		sup.net.mu.Lock()
+		err = change(list)
+		sup.net.mu.Unlock()
+		if err != nil {
+			return nil, err
+		}
+		sup.v.Note()
+		return apiPorts(sup.net.Forwards()), nil
 	}
 }
 
@@ -212,11 +283,7 @@ func (m *manager) portList(ctx context.Context, c *api.Call) (any, error) {
 	if err != nil {
 		return nil, err
 	}
-	out := api.Ports{Ports: []banger.Port{}}
-	for _, f := range list {
-		out.Ports = append(out.Ports, portOf(f))
-	}
-	return &out, nil
+	return apiPorts(list), nil
 }
 
 // recordedPorts are those of the VM's record, which its supervisor may have
@@ -294,9 +361,5 @@ func (m *manager) changeRecordedPorts(ctx context.Context, e *entry, by []userne
 	if err != nil {
 		return nil, err
 	}
-	out := api.Ports{Ports: []banger.Port{}}
-	for _, f := range list {
-		out.Ports = append(out.Ports, portOf(f))
-	}
-	return &out, nil
+	return apiPorts(list), nil
 }

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"net"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"slices"
@@ -151,6 +152,76 @@ func TestPortsStay(t *testing.T) {
 	if err := w.call(api.MethodCreate, api.CreateParams{Name: "two", Spec: banger.Spec{Ports: []string{first, first}}, Prepared: w.prep}, nil); banger.CodeOf(err) != banger.CodeConflict {
 		t.Errorf("one port twice: %v", err)
 	}
+}
+
+func TestJoinListeners(t *testing.T) {
+	a, err := usernet.AddressesOf(1)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, c := range []struct {
+		port, local string // one port of the host's, one listener: "tcp ADDR:PORT"
+		reach       api.Reach
+		listening   bool
+	}{
+		{"1:80", "tcp 0.0.0.0:80", api.ReachPort, true},
+		{"1:80", "tcp [::]:80", api.ReachPort, true},
+		{"[::1]:1:80", "tcp 0.0.0.0:80", api.ReachPort, true},
+		{"1:80", fmt.Sprintf("tcp %s:80", a.IPv4.Addr()), api.ReachPort, true},
+		{"1:80", fmt.Sprintf("tcp [%s]:80", a.IPv6.Addr()), api.ReachPort, true},
+		{"1:80", "tcp 0.0.0.0:81", api.ReachPort, false},
+		{"1:80", "udp 0.0.0.0:80", api.ReachPort, false},
+		{"1:80", "tcp 127.0.0.1:80", api.ReachLoopback, false},
+		{"1:80", "tcp 127.0.0.53:80", api.ReachLoopback, false},
+		{"1:80", "tcp [::1]:80", api.ReachLoopback, false},
+		{"1:80", "tcp 172.17.0.1:80", api.ReachOther, false},
+		{"1:80", fmt.Sprintf("tcp %s:80", a.Gateway4), api.ReachOther, false},
+		{"1:53/udp", "udp 0.0.0.0:53", api.ReachPort, true},
+		{"1:53/udp", "udp [::]:53", api.ReachPort, true},
+		{"1:53/udp", fmt.Sprintf("udp [%s]:53", a.IPv6.Addr()), api.ReachPort, false},
+		{"[::1]:1:53/udp", "udp 0.0.0.0:53", api.ReachPort, false},
+		{"[::1]:1:53/udp", "udp [::]:53", api.ReachPort, true},
+		{"[::1]:1:53/udp", fmt.Sprintf("udp [%s]:53", a.IPv6.Addr()), api.ReachPort, true},
+	} {
+		list, err := parsePorts([]string{c.port})
+		if err != nil {
+			t.Fatal(err)
+		}
+		proto, local, _ := strings.Cut(c.local, " ")
+		at := netip.MustParseAddrPort(local)
+		out := joinListeners(list, a, []banger.Listener{{Protocol: proto, Addr: at.Addr(), Port: at.Port()}})
+		if l := out.Listeners[0]; l.Reach != c.reach || l.Forwarded != c.listening || *out.Ports[0].Listening != c.listening {
+			t.Errorf("%s and %s: %+v, listening %v", c.port, c.local, l, *out.Ports[0].Listening)
+		}
+	}
+}
+
+// What the guest says stands beside what leads to it.
+func TestPortsListed(t *testing.T) {
+	w := newWorld(t, 0)
+	w.create("web", banger.Spec{Ports: []string{"0:80", "0:81"}})
+	list := func() (out api.Ports) {
+		t.Helper()
+		w.must(api.MethodPorts, api.PortParams{Name: "web"}, &out)
+		return out
+	}
+	if out := list(); out.Listeners != nil || out.Ports[0].Listening != nil {
+		t.Errorf("at rest: %+v", out)
+	}
+	w.do(api.MethodStart, "web")
+	out := list()
+	if len(out.Listeners) != len(fakeSockets) || out.More || out.Unknown != "" || !*out.Ports[0].Listening || *out.Ports[1].Listening {
+		t.Fatalf("%+v", out)
+	}
+	if l := out.Listeners[0]; l.Process != "\x1b[2Jweb" || l.PID != 7 || !l.Forwarded {
+		t.Errorf("%+v", l)
+	}
+	w.do(api.MethodPause, "web")
+	if out := list(); out.Listeners != nil || len(out.Ports) != 2 || out.Ports[0].Listening != nil || !strings.Contains(out.Unknown, "paused") {
+		t.Errorf("paused: %+v", out)
+	}
+	w.must(api.MethodRemove, api.VMParams{Name: "web", Force: true}, nil)
+	w.atRest()
 }
 
 // Whatever is killed in the middle of a change, the record has the ports of

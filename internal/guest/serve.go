@@ -99,6 +99,9 @@ func (s *server) serve(conn stream) {
 		}
 	case wire.OpExec:
 		s.serveExec(conn, req.Exec)
+	case wire.OpSockets:
+		list := waitingSockets()
+		wire.WriteMessage(conn, wire.Reply{Version: wire.Version, Sockets: &list})
 	case wire.OpShutdown:
 		s.serveShutdown(conn, req.Shutdown)
 	default:

@@ -1,6 +1,9 @@
 package wire
 
-import "path"
+import (
+	"net/netip"
+	"path"
+)
 
 // An Op is what a Request asks for.
 type Op string
@@ -9,6 +12,7 @@ const (
 	OpHello    Op = "hello"    // Reply.Hello; then the agent closes. Needs no token.
 	OpBoot     Op = "boot"     // frames: FrameEvent for every stage reached so far and from now on
 	OpExec     Op = "exec"     // frames: a session
+	OpSockets  Op = "sockets"  // Reply.Sockets; then the agent closes
 	OpShutdown Op = "shutdown" // Reply when accepted; the guest then powers off
 )
 
@@ -24,9 +28,10 @@ type Request struct {
 
 // A Reply answers a Request. Error is nil when it was accepted.
 type Reply struct {
-	Version int    `json:"version"`
-	Error   *Error `json:"error,omitempty"`
-	Hello   *Hello `json:"hello,omitempty"`
+	Version int      `json:"version"`
+	Error   *Error   `json:"error,omitempty"`
+	Hello   *Hello   `json:"hello,omitempty"`
+	Sockets *Sockets `json:"sockets,omitempty"`
 }
 
 // An ErrorCode is the kind of a refusal.
@@ -57,6 +62,25 @@ type Hello struct {
 	KernelRelease string `json:"kernel_release"`
 	UptimeMs      int64  `json:"uptime_ms"` // of the guest
 	Booted        bool   `json:"booted"`    // the last boot stage this agent brings about was reached
+}
+
+// MaxSockets bounds Sockets.List.
+const MaxSockets = 1024
+
+// Sockets are what in the guest waits for peers: TCP sockets that listen, and
+// UDP sockets that have a port and no peer.
+type Sockets struct {
+	List []Socket `json:"list"`
+	More bool     `json:"more,omitempty"` // not all were looked at, or fitted
+}
+
+// A Socket is where one of them waits, and who has it. Sockets of several
+// processes, or of none that was found, are one process's or nobody's here.
+type Socket struct {
+	Proto   string         `json:"proto"` // tcp or udp
+	Local   netip.AddrPort `json:"local"` // 0.0.0.0 and :: are every address of the guest's
+	PID     int            `json:"pid,omitempty"`
+	Process string         `json:"process,omitempty"` // its name, as proc_pid_comm(5) has it
 }
 
 // A BootEvent is one milestone of the boot as the guest saw it.
