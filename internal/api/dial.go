@@ -9,10 +9,11 @@ import (
 )
 
 // DialVM connects to a port of a VM, through the daemon and the VM's
-// supervisor. What is wrong with the request is as DialParams has it.
-func DialVM(ctx context.Context, version string, p DialParams) (*net.TCPConn, error) {
+// supervisor. What is wrong with the request is as DialParams has it. Who dials
+// may have been there before the last update: a daemon of any release will do.
+func DialVM(ctx context.Context, p DialParams) (*net.TCPConn, error) {
 	for retried := false; ; retried = true {
-		ours, err := dialVM(ctx, version, p)
+		ours, err := dialVM(ctx, p)
 		if err == nil || retried || !errors.Is(err, ErrGone) || ctx.Err() != nil {
 			return ours, err
 		}
@@ -20,8 +21,8 @@ func DialVM(ctx context.Context, version string, p DialParams) (*net.TCPConn, er
 	}
 }
 
-func dialVM(ctx context.Context, version string, p DialParams) (*net.TCPConn, error) {
-	c, err := Connect(version)
+func dialVM(ctx context.Context, p DialParams) (*net.TCPConn, error) {
+	c, err := Connect("")
 	if err != nil {
 		return nil, err
 	}

@@ -32,7 +32,7 @@ func (d *daemon) proxy(ctx context.Context, c *api.Call) (any, error) {
 	c.Emit(api.Event{Listen: l.Addr().String()})
 	err = proxy.Serve(ctx, l.(*net.TCPListener), proxy.Config{
 		Dial: func(ctx context.Context, host string, port uint16) (*net.TCPConn, error) {
-			return api.DialVM(ctx, Version, api.DialParams{Host: host, Port: port})
+			return api.DialVM(ctx, api.DialParams{Host: host, Port: port})
 		},
 		Note: func(line string) { c.Emit(api.Event{Notice: line}) },
 	})

@@ -9,6 +9,7 @@ import (
 	"net"
 	"net/http"
 	"os"
+	"slices"
 	"testing"
 	"time"
 
@@ -102,6 +103,15 @@ func TestProxyCall(t *testing.T) {
 		if got, body := get(host); got != want {
 			t.Errorf("%s: %d %q, want %d", host, got, body, want)
 		}
+	}
+	// A proxy that was there before an update takes the daemon as it is.
+	before := w.processes("serve")
+	mine := Version
+	Version = "another"
+	get("idle.banger")
+	Version = mine
+	if after := w.processes("serve"); len(before) != 1 || !slices.Equal(before, after) {
+		t.Errorf("the daemon was %v and is %v", before, after)
 	}
 	w.killDaemon()
 	if got, body := get("idle.banger"); got != 503 {
