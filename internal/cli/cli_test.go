@@ -94,7 +94,7 @@ func TestHelp(t *testing.T) {
 		"banger", "banger run", "banger create", "banger exec", "banger shell", "banger logs", "banger autostart",
 		"banger image pull", "banger image build", "banger kernel pull", "banger kernel import",
 		"banger image register", "banger image seed", "banger image tag", "banger image prune", "banger image verify",
-		"banger image export", "banger image import", "banger ports", "banger ports ls", "banger net log", "banger proxy",
+		"banger image export", "banger image import", "banger ports", "banger ports ls", "banger ports add", "banger ports rm", "banger net log", "banger proxy",
 	}
 	runs := []string{"banger run", "banger exec", "banger shell"}
 	for _, c := range commands(t) {

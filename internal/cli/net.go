@@ -66,10 +66,11 @@ EXAMPLE
 		},
 	}
 	list.Flags().BoolVar(&asJSON, "json", false, "print it as JSON")
-	change := func(use, short, method string) *cobra.Command {
+	change := func(use, short, long, method string) *cobra.Command {
 		return &cobra.Command{
 			Use:   use + " VM [IP:]HOST:GUEST[/udp]...",
 			Short: short,
+			Long:  long,
 			Args: func(cmd *cobra.Command, args []string) error {
 				if len(args) < 2 {
 					return usagef("ports %s: it takes a VM and ports", use).WithHint("`banger ports %s web 8080:80`", use)
@@ -83,8 +84,16 @@ EXAMPLE
 	}
 	cmd := group("ports", "Ports of the host that lead to a VM",
 		list,
-		change("add", "Lead ports of the host to a VM", api.MethodPortAdd),
-		change("rm", "Close ports again; connections live on", api.MethodPortRm))
+		change("add", "Lead ports of the host to a VM", `Lead ports of the host to a VM, all of them or none: at once where it runs, and
+at every start. They are on 127.0.0.1 if no IP is given; HOST 0 is a free one.
+
+EXAMPLE
+  banger ports add web 8080:80 '[::1]:5353:53/udp'`, api.MethodPortAdd),
+		change("rm", "Close ports again; connections live on", `Close ports of the host that lead to a VM, all of them or none, as `+"`banger ports ls`"+`
+shows them: at once where it runs, and for every start. Connections live on.
+
+EXAMPLE
+  banger ports rm web 8080:80`, api.MethodPortRm))
 	cmd.Long = `Ports of the host that lead to a VM. They are part of it, like those that
 ` + "`-p`" + ` gave it when it was made: added or closed at once where it runs, and the
 same at every start.

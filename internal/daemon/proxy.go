@@ -44,7 +44,7 @@ func (d *daemon) proxy(ctx context.Context, c *api.Call) (any, error) {
 // web page: nothing else is looked up, and no id will do.
 func (m *manager) reach(host string) (*entry, error) {
 	refused := func() (*entry, error) {
-		return nil, banger.Errorf(banger.CodeUsage, "%q: it is no VM, and nothing else is reached this way", host).WithHint("it leads to NAME.%s and to addresses of VMs", usernet.Domain)
+		return nil, banger.Errorf(banger.CodeUsage, "%.100q: it is no VM, and nothing else is reached this way", host).WithHint("it leads to NAME.%s and to addresses of VMs", usernet.Domain)
 	}
 	if a, err := netip.ParseAddr(host); err == nil {
 		a = a.Unmap()
@@ -66,7 +66,7 @@ func (m *manager) reach(host string) (*entry, error) {
 	if e := m.byName[name]; e != nil && m.byID[e.id] == e {
 		return e, nil
 	}
-	return nil, banger.Errorf(banger.CodeNotFound, "VM %q: there is none of that name", name).WithHint("`banger ls` shows them")
+	return nil, banger.Errorf(banger.CodeNotFound, "VM %.100q: there is none of that name", name).WithHint("`banger ls` shows them")
 }
 
 // dial has the connection in the call's file joined to a port of a VM.

@@ -125,7 +125,7 @@ func (p *proxy) dial(ctx context.Context, host string, port uint16) (*net.TCPCon
 	case err == nil || ctx.Err() != nil: // nobody wants it any more
 		return conn, err
 	case limited.Err() != nil:
-		err = banger.Errorf(banger.CodeTimeout, "%q port %d: no connection within %v", host, port, dialTimeout)
+		err = banger.Errorf(banger.CodeTimeout, "%.100q port %d: no connection within %v", host, port, dialTimeout)
 	}
 	p.note(err)
 	return nil, err

@@ -23,7 +23,8 @@ import (
 )
 
 const (
-	MaxForwards = 256 // of one VM
+	// MaxForwards bounds the ports of the host that lead to one VM.
+	MaxForwards = 256
 	// maxForwardConns bounds connections from the host into one VM.
 	maxForwardConns = 1024
 	maxForwardPeers = 256 // senders of one UDP forward; the rest is dropped
