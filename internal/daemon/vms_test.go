@@ -469,7 +469,17 @@ func TestStartUp(t *testing.T) {
 	for _, pid := range w.processes("supervise") {
 		syscall.Kill(pid, syscall.SIGKILL)
 	}
-	w.until("no supervisor", func() bool { return len(w.processes("supervise")) == 0 })
+	// A process that ends has no arguments any more while it has its files still.
+	w.until("no supervisor, and no VM held", func() bool {
+		ids, err := w.s.VMIDs()
+		for _, id := range ids {
+			hold, holdErr := w.s.HoldVM(id)
+			if err = errors.Join(err, holdErr); holdErr == nil {
+				hold.Close()
+			}
+		}
+		return err == nil && len(w.processes("supervise")) == 0
+	})
 	if err := vm.MarkRemoving(w.s, leaving.ID); err != nil {
 		t.Fatal(err)
 	}
