@@ -52,6 +52,8 @@ func checkNetwork(spec banger.Spec) error {
 // A vmNetwork is the network of a supervisor's VM.
 type vmNetwork struct {
 	*usernet.Network
+	store *store.Store
+	id    string // of the VM
 	card  vmm.NIC
 	guest wire.Network
 
@@ -61,7 +63,7 @@ type vmNetwork struct {
 
 // openNetwork makes the network of a VM, with its ports, before the VM is
 // there: nothing of a guest is ever without its policy.
-func openNetwork(rec vm.Record, earlier []banger.Denial) (*vmNetwork, error) {
+func openNetwork(s *store.Store, rec vm.Record, earlier []banger.Denial) (*vmNetwork, error) {
 	policy, err := policyOf(rec.Spec)
 	if err != nil {
 		return nil, err
@@ -71,6 +73,7 @@ func openNetwork(rec vm.Record, earlier []banger.Denial) (*vmNetwork, error) {
 		return nil, err
 	}
 	n := &vmNetwork{
+		store: s, id: rec.ID,
 		card: vmm.NIC{MAC: a.MAC, MTU: usernet.DefaultMTU},
 		guest: wire.Network{
 			MAC: a.MAC.String(), MTU: usernet.DefaultMTU,

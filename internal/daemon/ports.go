@@ -85,12 +85,37 @@ func (n *vmNetwork) publish(list []usernet.Forward) error {
 			for _, p := range done {
 				n.Unforward(p.open)
 			}
-			return err
+			return n.ownedByVM(f, err)
 		}
 		done = append(done, published{f, open})
 	}
 	n.published = append(n.published, done...)
 	return nil
+}
+
+// ownedByVM is an error about a port that is taken, with the name of the VM that
+// has it where it is one: its process alone would say little.
+func (n *vmNetwork) ownedByVM(f usernet.Forward, taken error) error {
+	if banger.CodeOf(taken) != banger.CodeConflict {
+		return taken
+	}
+	ids, _ := n.store.VMIDs()
+	for _, id := range ids {
+		rec, life, err := vm.Load(n.store, id)
+		if err != nil || id == n.id || life.Supervisor == nil || !life.Supervisor.Alive() {
+			continue
+		}
+		for _, p := range life.Ports {
+			a, err := netip.ParseAddr(p.HostAddr)
+			if err != nil || p.Protocol != f.Proto || p.HostPort != f.Host.Port() || a != f.Host.Addr() && !a.IsUnspecified() && !f.Host.Addr().IsUnspecified() {
+				continue
+			}
+			theirs := usernet.Forward{Proto: p.Protocol, Host: netip.AddrPortFrom(a, p.HostPort), Guest: p.GuestPort}
+			return banger.Errorf(banger.CodeConflict, "port %v: VM %s has it, for its port %d", f.Host, rec.Name, p.GuestPort).
+				WithHint("choose another port of the host, or `banger ports rm %s %v`", rec.Name, theirs)
+		}
+	}
+	return taken
 }
 
 // asked are the ports as they stand in the record.

@@ -130,6 +130,19 @@ func TestPortsStay(t *testing.T) {
 	if !isOpen(a) || !isOpen(b) {
 		t.Error("they are not open at the next start")
 	}
+	// One that another VM has, by its name; also behind every address.
+	w.create("other", banger.Spec{Ports: []string{first}})
+	wantCode(t, w.call(api.MethodStart, api.VMParams{Name: "other"}, nil), banger.CodeConflict, fmt.Sprintf("port 127.0.0.1:%d: VM web has it, for its port 80", a))
+	w.do(api.MethodRemove, "other")
+	w.create("other", banger.Spec{})
+	w.do(api.MethodStart, "other")
+	err = change(api.MethodPortAdd, "other", "0:1", "0.0.0.0:"+second)
+	wantCode(t, err, banger.CodeConflict, fmt.Sprintf("port 0.0.0.0:%d: VM web has it, for its port 81", b))
+	if hint := err.(*banger.Error).Hint; !strings.Contains(hint, fmt.Sprintf("`banger ports rm web 127.0.0.1:%d:81`", b)) {
+		t.Errorf("the hint is %q", hint)
+	}
+	w.wantPorts("refused", "other")
+	w.must(api.MethodRemove, api.VMParams{Name: "other", Force: true}, nil)
 	// What the record leaves open is recorded as such, whatever it was once.
 	w.do(api.MethodKill, "web")
 	w.wantPorts("killed", "web", second, first, "0:23")

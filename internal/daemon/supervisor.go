@@ -257,7 +257,7 @@ func (sup *supervisor) open(s *store.Store, id string, newDriver func() (vmm.Dri
 		if err != nil { // it begins anew
 			fmt.Fprintln(os.Stderr, "supervisor:", err)
 		}
-		if sup.net, err = openNetwork(sup.rec, earlier); err != nil {
+		if sup.net, err = openNetwork(s, sup.rec, earlier); err != nil {
 			return release, err
 		}
 		undo = append(undo, func() { sup.net.Close() })

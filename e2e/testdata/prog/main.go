@@ -4,6 +4,7 @@ package main
 import (
 	"fmt"
 	"io"
+	"net"
 	"os"
 	"sort"
 	"strconv"
@@ -52,6 +53,17 @@ func main() {
 		os.Stdout.Write(b)
 	case "net":
 		netMain(args[1:])
+	case "listen":
+		l, err := net.Listen("tcp", ":8000")
+		check(err)
+		for {
+			c, err := l.Accept()
+			check(err)
+			fmt.Fprint(c, "HTTP/1.0 200 OK\r\n\r\nhello from ", os.Args[0], "\n")
+			c.(*net.TCPConn).CloseWrite()
+			io.Copy(io.Discard, c)
+			c.Close()
+		}
 	case "sleep":
 		fmt.Println("sleeping")
 		time.Sleep(time.Hour)
