@@ -5,11 +5,9 @@ package image
 
 import (
 	"context"
-	"crypto/sha256"
 	"encoding/hex"
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
 	"maps"
 	"os"
@@ -478,27 +476,4 @@ func (im *Images) Remove(ctx context.Context, name string) error {
 	}
 	_, _, err = im.collectBlobs()
 	return err
-}
-
-// digestOf hashes the whole file, holes as the zeros they are, so that
-// sha256sum gives the same.
-func digestOf(ctx context.Context, f *os.File) (string, error) {
-	if _, err := f.Seek(0, io.SeekStart); err != nil {
-		return "", err
-	}
-	h := sha256.New()
-	buf := make([]byte, 1<<20)
-	for {
-		if ctx.Err() != nil {
-			return "", context.Cause(ctx)
-		}
-		n, err := f.Read(buf)
-		h.Write(buf[:n])
-		if err == io.EOF {
-			return "sha256:" + hex.EncodeToString(h.Sum(nil)), nil
-		}
-		if err != nil {
-			return "", err
-		}
-	}
 }

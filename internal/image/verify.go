@@ -55,7 +55,7 @@ func (im *Images) Verify(ctx context.Context, name string, src *oci.Source, agen
 	}
 	defer f.Close()
 	v := &Verified{Image: image}
-	digest, err := digestOf(ctx, f)
+	digest, err := digestLike(ctx, f, image.BaseDigest)
 	if err != nil {
 		return nil, err
 	}
