@@ -5,12 +5,10 @@ import (
 	"crypto/rand"
 	"crypto/sha256"
 	"encoding/binary"
-	"encoding/hex"
 	"encoding/json"
 	"fmt"
 	"io"
 	"net"
-	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -23,7 +21,6 @@ import (
 
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 	"github.com/hashicorp/yamux"
-	"github.com/klauspost/compress/gzip"
 
 	"banger/ext4"
 	"banger/internal/kernel"
@@ -111,33 +108,77 @@ func race(t *testing.T, title string, rounds int, contenders []*contender) {
 	}
 }
 
-// compareBuild builds one gzip image of Debian packages: ours, the floor under
-// it, and mke2fs on a tree that somebody unpacked before.
+// compareBuild takes images of one layer from a registry to a finished base:
+// ours beside what any way must do at least, and beside the ways of others.
 func compareBuild(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("SKIPPED: owners of an unpacked tree need root")
+	}
 	cache, err := cacheDir()
 	if err != nil {
 		t.Fatal(err)
 	}
-	tarball := filepath.Join(cache, "bench.tar")
-	if _, err := os.Stat(tarball); err != nil {
-		out, err := exec.Command("mmdebstrap", "--quiet", "--mode=unshare", "--variant=minbase", "--format=tar",
-			"--include=systemd-sysv,dbus,udev,openssh-server,git,perl,python3,man-db,curl", "bookworm", tarball+".tmp").CombinedOutput()
-		if err != nil {
-			t.Fatalf("mmdebstrap: %v\n%s", err, out)
+	unpack := buildUnpack(t, cache)
+	const small = "systemd-sysv,dbus,udev,openssh-server,git,perl,python3,man-db,curl"
+	for _, image := range []struct{ name, packages string }{
+		{"bench", small},
+		// The same tar as that of the file system's own benchmark.
+		{"bench-large", "systemd-sysv,dbus,udev,perl,python3,git,man-db,curl,build-essential,vim-runtime,golang-1.19-src,linux-headers-amd64,python3-sympy,node-typescript,libboost1.81-dev"},
+	} {
+		tarball := filepath.Join(cache, image.name+".tar")
+		if _, err := os.Stat(tarball); err != nil {
+			partial := filepath.Join(cache, image.name+".partial.tar")
+			must(t, "mmdebstrap", "--quiet", "--mode=unshare", "--variant=minbase", "--include="+image.packages, "bookworm", partial)
+			if err := os.Rename(partial, tarball); err != nil {
+				t.Fatal(err)
+			}
 		}
-		if err := os.Rename(tarball+".tmp", tarball); err != nil {
+		for _, c := range []compression{gz, zst} {
+			compareBuildOf(t, unpack, image.name, tarball, c)
+		}
+	}
+}
+
+// buildUnpack builds testdata/unpack outside this module, with the inflaters
+// that ours has.
+func buildUnpack(t *testing.T, cache string) string {
+	t.Helper()
+	source, err := os.ReadFile("testdata/unpack/main.go")
+	if err != nil {
+		t.Fatal(err)
+	}
+	program := filepath.Join(cache, fmt.Sprintf("unpack-%x", sha256.Sum256(source)))
+	if _, err := os.Stat(program); err == nil {
+		return program
+	}
+	version := strings.TrimSpace(must(t, "go", "list", "-m", "-f", "{{.Version}}", "github.com/klauspost/compress"))
+	dir := t.TempDir()
+	for name, text := range map[string]string{"go.mod": "module unpack\n\ngo 1.26\n", "main.go": string(source)} {
+		if err := os.WriteFile(filepath.Join(dir, name), []byte(text), 0o600); err != nil {
 			t.Fatal(err)
 		}
 	}
+	for _, args := range [][]string{
+		{"get", "github.com/Microsoft/hcsshim/ext4/tar2ext4@v0.15.0"},
+		{"get", "github.com/klauspost/compress@" + version},
+		{"build", "-o", program, "."},
+	} {
+		must(t, append([]string{"env", "-C", dir, "go"}, args...)...)
+	}
+	return program
+}
+
+func compareBuildOf(t *testing.T, unpack, name, tarball string, c compression) {
 	data, err := os.ReadFile(tarball)
 	if err != nil {
 		t.Fatal(err)
 	}
-	img, err := imageOf(gz, v1.Config{Cmd: []string{"/bin/bash"}}, data)
+	img, err := imageOf(c, v1.Config{Cmd: []string{"/bin/bash"}}, data)
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := world.registry.push("bench:gzip", img); err != nil {
+	repository := name + "-" + string(c)
+	if err := world.registry.push(repository+":latest", img); err != nil {
 		t.Fatal(err)
 	}
 	layers, err := img.Layers()
@@ -152,84 +193,43 @@ func compareBuild(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	dir := t.TempDir()
-	out := filepath.Join(dir, "out.ext4")
-	fresh := func(run func() cost) func() cost {
-		return func() cost {
-			os.Remove(out)
-			syscall.Sync()
-			return run()
-		}
-	}
-	contenders := []*contender{
-		{name: "floor: pull, verify, gunzip, write", run: fresh(func() cost {
-			return measure(t, os.Args[0], floorArg, world.registry.addr, digest.String(), diffID.String(), out)
-		})},
-		{name: "banger image build", run: fresh(func() cost {
-			return measure(t, filepath.Join(world.bin, "banger"), "image", "build", world.registry.addr+"/bench:gzip", "-o", out)
-		})},
-	}
-	if os.Geteuid() == 0 {
-		tree := filepath.Join(dir, "tree")
-		if err := os.Mkdir(tree, 0o755); err != nil {
-			t.Fatal(err)
-		}
-		if msg, err := exec.Command("tar", "-C", tree, "-xf", tarball).CombinedOutput(); err != nil {
-			t.Fatalf("tar: %v\n%s", err, msg)
-		}
-		contenders = append(contenders, &contender{name: "mke2fs -d of the unpacked tree alone", run: fresh(func() cost {
-			return measure(t, "mke2fs", "-q", "-t", "ext4", "-d", tree, out, "1G")
-		})})
-	} else {
-		fmt.Println("SKIPPED: mke2fs -d: owners of an unpacked tree need root")
-	}
-	fmt.Printf("\nimage: %d MiB of tar, %d MiB gzip\n", len(data)>>20, mustSize(t, layers[0])>>20)
-	race(t, "image build", benchRounds, contenders)
-	os.Remove(out)
-}
-
-func mustSize(t *testing.T, l v1.Layer) int64 {
-	n, err := l.Size()
+	packed, err := layers[0].Size()
 	if err != nil {
 		t.Fatal(err)
 	}
-	return n
-}
-
-// floorArg makes the test program do the floor and nothing else, so that it is
-// measured as a process like the others.
-const floorArg = "bench-floor"
-
-// floor does in one process what every way to an image must do at least: get
-// the blob, check both digests, gunzip, and write the bytes.
-func floor(addr, digest, diffID, out string) error {
-	resp, err := http.Get("http://" + addr + "/v2/bench/blobs/" + digest)
-	if err != nil {
-		return err
+	url := fmt.Sprintf("http://%s/v2/%s/blobs/%s", world.registry.addr, repository, digest)
+	out, tree, home := filepath.Join(t.TempDir(), "out"), filepath.Join(t.TempDir(), "tree"), t.TempDir()
+	if err := os.Chmod(home, 0o700); err != nil {
+		t.Fatal(err)
 	}
-	defer resp.Body.Close()
-	packed, unpacked := sha256.New(), sha256.New()
-	zr, err := gzip.NewReader(io.TeeReader(resp.Body, packed))
-	if err != nil {
-		return err
-	}
-	f, err := os.Create(out)
-	if err != nil {
-		return err
-	}
-	defer f.Close()
-	if _, err := io.CopyBuffer(struct{ io.Writer }{io.MultiWriter(unpacked, f)}, zr, make([]byte, 1<<20)); err != nil {
-		return err
-	}
-	for _, c := range []struct{ got, want string }{
-		{"sha256:" + hex.EncodeToString(packed.Sum(nil)), digest},
-		{"sha256:" + hex.EncodeToString(unpacked.Sum(nil)), diffID},
-	} {
-		if c.got != c.want {
-			return fmt.Errorf("digest %s, not %s", c.got, c.want)
+	fresh := func(args ...string) func() cost {
+		return func() cost {
+			for _, dir := range []string{out, tree, filepath.Join(home, "images"), filepath.Join(home, "blobs")} {
+				if err := os.RemoveAll(dir); err != nil {
+					t.Fatal(err)
+				}
+			}
+			syscall.Sync()
+			return measure(t, args[0], args[1:]...)
 		}
 	}
-	return f.Sync()
+	mode := func(mode string) func() cost {
+		return fresh(unpack, mode, url, digest.String(), diffID.String(), string(c), out)
+	}
+	sizeMiB := len(data)*5/4>>20 + 64
+	decompress := map[compression]string{gz: "gzip -dc", zst: "zstd -qdc"}[c]
+	fmt.Printf("\n%s: %d MiB of tar, %d MiB of %s", name, len(data)>>20, packed>>20, c)
+	data, img = nil, nil
+	race(t, "from the registry to a finished base", benchRounds, []*contender{
+		{name: "model: pull, verify, inflate, write once", run: mode("model")},
+		{name: "pull and inflate to nowhere", run: mode("nowhere")},
+		{name: "banger image pull, its store empty", run: fresh("env", "BANGER_HOME="+home,
+			filepath.Join(world.bin, "banger"), "image", "pull", world.registry.addr+"/"+repository+":latest")},
+		{name: "pull, verify, inflate, tar2ext4", run: mode("tar2ext4")},
+		{name: "pull, inflate, tar -x, mke2fs -d", run: fresh("sh", "-c", fmt.Sprintf(
+			"set -e; mkdir %[1]s; curl -sf %[2]s | %[3]s | tar -C %[1]s -x --numeric-owner; mke2fs -q -t ext4 -N 200000 -d %[1]s %[4]s %[5]dM",
+			tree, url, decompress, out, sizeMiB))},
+	})
 }
 
 // compareStart times a warm `banger run` from its start to the first output of

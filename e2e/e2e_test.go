@@ -32,13 +32,6 @@ var world struct {
 var needed = []string{"qemu-system-x86_64", "mmdebstrap", "docker-registry", "busybox", "zstd", "e2fsck", "dumpe2fs", "script", "curl"}
 
 func TestMain(m *testing.M) {
-	if len(os.Args) == 6 && os.Args[1] == floorArg {
-		if err := floor(os.Args[2], os.Args[3], os.Args[4], os.Args[5]); err != nil {
-			fmt.Println("floor:", err)
-			os.Exit(1)
-		}
-		os.Exit(0)
-	}
 	if len(os.Args) == 3 && os.Args[1] == usernetArg {
 		fmt.Println("usernet:", runUsernet(os.Args[2]))
 		os.Exit(1)

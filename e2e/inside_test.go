@@ -24,14 +24,16 @@ import (
 // is no way out of the two: nothing that is sent there reaches a real network.
 //
 //	namespace of the test = the host           namespace far
-//	      203.0.113.2 -------------------------- 203.0.113.1
-//	      default route                          198.51.100.7 (far.test)
+//	203.0.113.2, 2001:db8:113::2 ------------- 203.0.113.1, 2001:db8:113::1
+//	      default routes                       198.51.100.7, 2001:db8:100::7 (far.test)
 
 const (
 	insideEnv = "BANGER_E2E_INSIDE" // what the copy has to know, as JSON
 	farAddr   = "198.51.100.7"
+	farAddr6  = "2001:db8:100::7"
 	farName   = "far.test"
 	farNet    = farAddr + ":7000" // where `prog net serve` is
+	farNet6   = "[" + farAddr6 + "]:7000"
 )
 
 // inside is what the copy gets from the test that starts it.
@@ -116,6 +118,7 @@ func setUpInside(t testing.TB) (inside, *far) {
 		fmt.Sprintf("ip link add wan type veth peer name far netns %d", f.pid),
 		"ip link set wan up",
 		"ip addr add 203.0.113.2/24 dev wan",
+		"ip addr add 2001:db8:113::2/64 dev wan nodad",
 	} {
 		must(t, strings.Fields(line)...)
 	}
@@ -123,11 +126,20 @@ func setUpInside(t testing.TB) (inside, *far) {
 		"ip link set lo up", "ip link set far up",
 		"ip addr add 203.0.113.1/24 dev far",
 		"ip addr add " + farAddr + "/32 dev lo",
+		"ip addr add 2001:db8:113::1/64 dev far nodad",
+		"ip addr add " + farAddr6 + "/128 dev lo nodad",
 	} {
 		must(t, f.args(strings.Fields(line)...)...)
 	}
 	must(t, "ip", "route", "add", "default", "via", "203.0.113.1")
-	f.start("serving", in.Prog, "net", "serve", farNet)
+	must(t, "ip", "-6", "route", "add", "default", "via", "2001:db8:113::1")
+	// As distributions have it: everybody may ping.
+	if err := os.WriteFile("/proc/sys/net/ipv4/ping_group_range", []byte("0 2147483647"), 0); err != nil {
+		t.Fatal(err)
+	}
+	for _, addr := range []string{farNet, farNet6} {
+		f.start("serving", in.Prog, "net", "serve", addr)
+	}
 	serveNames(t)
 	return in, f
 }
@@ -215,16 +227,19 @@ func serveNames(t testing.TB) {
 			case strings.TrimSuffix(q.Name.String(), ".") != farName:
 				m.RCode = dnsmessage.RCodeNameError
 			case q.Type == dnsmessage.TypeA:
-				m.Answers = []dnsmessage.Resource{{
-					Header: dnsmessage.ResourceHeader{Name: q.Name, Type: q.Type, Class: q.Class, TTL: 60},
-					Body:   &dnsmessage.AResource{A: [4]byte(net.ParseIP(farAddr).To4())},
-				}}
+				m.Answers = answer(q, &dnsmessage.AResource{A: [4]byte(net.ParseIP(farAddr).To4())})
+			case q.Type == dnsmessage.TypeAAAA:
+				m.Answers = answer(q, &dnsmessage.AAAAResource{AAAA: [16]byte(net.ParseIP(farAddr6))})
 			}
 			if answer, err := m.Pack(); err == nil {
 				c.WriteTo(answer, from)
 			}
 		}
 	}()
+}
+
+func answer(q dnsmessage.Question, body dnsmessage.ResourceBody) []dnsmessage.Resource {
+	return []dnsmessage.Resource{{Header: dnsmessage.ResourceHeader{Name: q.Name, Type: q.Type, Class: q.Class, TTL: 60}, Body: body}}
 }
 
 // output is what a program prints, readable while it runs.

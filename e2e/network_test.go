@@ -127,7 +127,7 @@ func TestNetworkInside(t *testing.T) {
 		}
 	})
 	t.Run("DNS", func(t *testing.T) {
-		if out := guest("one", "/prog", "net", "lookup", farName); !strings.Contains(out, farAddr) {
+		if out := guest("one", "/prog", "net", "lookup", farName); !strings.Contains(out, farAddr) || !strings.Contains(out, farAddr6) {
 			t.Errorf("%s: %q", farName, out)
 		}
 		if out, err := try(t, filepath.Join(in.Bin, "banger"), "exec", "one", "--", "/prog", "net", "lookup", "nowhere.test"); err == nil || !strings.Contains(out, "no such host") {
@@ -135,6 +135,19 @@ func TestNetworkInside(t *testing.T) {
 		}
 		if out := guest("one", "/prog", "net", "lookup", "two.banger"); !strings.Contains(out, "10.87.") || !strings.Contains(out, "fd62:") {
 			t.Errorf("two.banger: %q", out)
+		}
+	})
+
+	t.Run("IPv6", func(t *testing.T) {
+		var tr transferred
+		decode(t, guest("one", "/prog", "net", "up", farNet6, "4194305", "3"), &tr)
+		if tr.Bytes != 4194305 || !tr.Equal {
+			t.Errorf("%+v", tr)
+		}
+	})
+	t.Run("ping", func(t *testing.T) {
+		for _, address := range []string{farAddr, farAddr6, "host.banger", "two.banger"} {
+			guest("one", "busybox", "ping", "-c", "1", "-W", "10", address)
 		}
 	})
 
