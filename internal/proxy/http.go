@@ -32,6 +32,7 @@ const (
 // An httpSide is the server of those connections that speak HTTP. It is the
 // net.Listener of net/http's server, too: a connection comes from take.
 type httpSide struct {
+	ctx    context.Context // ends with the proxy
 	p      *proxy
 	addr   net.Addr
 	server *http.Server
@@ -42,8 +43,8 @@ type httpSide struct {
 	once   sync.Once
 }
 
-func newHTTPSide(p *proxy, addr net.Addr) *httpSide {
-	h := &httpSide{p: p, addr: addr, conns: make(chan *httpConn), done: make(chan struct{})}
+func newHTTPSide(ctx context.Context, p *proxy, addr net.Addr) *httpSide {
+	h := &httpSide{ctx: ctx, p: p, addr: addr, conns: make(chan *httpConn), done: make(chan struct{})}
 	quiet := log.New(io.Discard, "", 0)
 	h.to = &http.Transport{
 		DialContext: func(ctx context.Context, _, address string) (net.Conn, error) {
@@ -179,7 +180,8 @@ func (h *httpSide) connect(w http.ResponseWriter, r *http.Request) {
 		refuse(w, http.StatusBadRequest, "%v", err)
 		return
 	}
-	vm, err := h.p.dial(r.Context(), host, port)
+	// The request's own context ends when the client closes its direction.
+	vm, err := h.p.dial(h.ctx, host, port)
 	if err != nil {
 		fail(w, err)
 		return

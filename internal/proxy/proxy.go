@@ -70,7 +70,7 @@ func Serve(ctx context.Context, l *net.TCPListener, cfg Config) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	p := &proxy{Config: cfg, slots: make(chan struct{}, maxConns), noted: make(map[string]time.Time)}
-	p.http = newHTTPSide(p, l.Addr())
+	p.http = newHTTPSide(ctx, p, l.Addr())
 	var work sync.WaitGroup
 	work.Go(p.http.serve)
 	work.Go(func() { <-ctx.Done(); l.Close() })

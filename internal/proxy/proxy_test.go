@@ -297,6 +297,22 @@ func TestHalfClose(t *testing.T) {
 	}
 }
 
+// What comes right behind the request is the VM's.
+func TestEarly(t *testing.T) {
+	w := newWorld(t)
+	for how, request := range map[string]string{
+		"SOCKS": "\x05\x01\x00\x05\x01\x00\x03\x0aweb.banger\x00\x07",
+		"HTTP":  "CONNECT web.banger:7 HTTP/1.1\r\nHost: web.banger\r\n\r\n",
+	} {
+		c := w.dial()
+		io.WriteString(c, request+"early ")
+		c.CloseWrite()
+		if got, err := io.ReadAll(c); err != nil || !strings.HasSuffix(string(got), "early end") {
+			t.Errorf("%s: %q, %v", how, got, err)
+		}
+	}
+}
+
 func TestReset(t *testing.T) {
 	w := newWorld(t)
 	for _, how := range []string{"SOCKS", "HTTP"} {
@@ -343,7 +359,7 @@ func TestHopByHop(t *testing.T) {
 		t.Errorf("answered with %v", r.Header)
 	}
 	h := (<-w.seen).Header
-	for _, name := range []string{"X-Hop", "Proxy-Connection", "Proxy-Authorization", "Keep-Alive", "Te", "Upgrade", "Connection", "Authorization", "User-Agent"} {
+	for _, name := range []string{"X-Hop", "Proxy-Connection", "Proxy-Authorization", "Keep-Alive", "Te", "Upgrade", "Connection", "Authorization", "User-Agent", "Accept-Encoding"} {
 		if h.Get(name) != "" {
 			t.Errorf("%s came through: %q", name, h.Get(name))
 		}
@@ -386,6 +402,7 @@ func TestNoServer(t *testing.T) {
 		"CONNECT web.banger HTTP/1.1\r\nHost: web.banger\r\n\r\n":                   400,
 		"CONNECT web.banger:x HTTP/1.1\r\nHost: web.banger\r\n\r\n":                 400,
 		"GET https://web.banger/ HTTP/1.1\r\nHost: web.banger\r\n\r\n":              400,
+		"GET http:///etc/passwd HTTP/1.1\r\nHost: web.banger\r\n\r\n":               400,
 		"GET file:///etc/passwd HTTP/1.1\r\nHost: web.banger\r\n\r\n":               400,
 		"TRACE http://web.banger/ HTTP/1.1\r\nHost: web.banger\r\n\r\n":             405,
 		"GET http://evil.example/ HTTP/1.1\r\nHost: web.banger\r\n\r\n":             403,
