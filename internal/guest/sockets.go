@@ -56,7 +56,7 @@ func waitingSockets() wire.Sockets {
 	if len(all) > wire.MaxSockets {
 		all, out.More = all[:wire.MaxSockets], true
 	}
-	findHolders("/proc", all)
+	findHolders("/proc", all, maxDescriptors)
 	out.List = make([]wire.Socket, 0, len(all))
 	for _, w := range all {
 		out.List = append(out.List, w.Socket)
@@ -122,8 +122,8 @@ func parseSocket(line []byte, proto string) (w waiting, ok bool) {
 }
 
 // findHolders fills in for each socket the first process that has it, by the
-// links in /proc/PID/fd (proc_pid_fd(5)).
-func findHolders(proc string, all []waiting) {
+// links in /proc/PID/fd (proc_pid_fd(5)), of which it looks at so many.
+func findHolders(proc string, all []waiting, limit int) {
 	missing := map[string][]int{} // link -> where in all
 	for i, w := range all {
 		link := fmt.Sprintf("socket:[%d]", w.inode)
@@ -140,17 +140,16 @@ func findHolders(proc string, all []waiting) {
 		}
 	}
 	slices.Sort(pids)
-	looked := 0
 	for _, pid := range pids {
-		if len(missing) == 0 {
+		if len(missing) == 0 || limit <= 0 {
 			return
 		}
 		dir, err := os.Open(filepath.Join(proc, strconv.Itoa(pid), "fd"))
 		if err != nil {
 			continue // it has ended
 		}
-		names, _ := dir.Readdirnames(maxDescriptors - looked)
-		looked += len(names)
+		names, _ := dir.Readdirnames(limit)
+		limit -= len(names)
 		for _, name := range names {
 			link := make([]byte, 64)
 			n, err := unix.Readlinkat(int(dir.Fd()), name, link)
@@ -163,9 +162,6 @@ func findHolders(proc string, all []waiting) {
 			delete(missing, string(link[:n]))
 		}
 		dir.Close()
-		if looked >= maxDescriptors {
-			return
-		}
 	}
 }
 

@@ -133,10 +133,18 @@ func TestFindHolders(t *testing.T) {
 		"31/fd/1": "->socket:[4713]x", "31/fd/2": "->" + strings.Repeat("x", 200), "32/": "", "self/fd/1": "->socket:[4713]",
 	})
 	all := []waiting{{inode: 4711}, {inode: 4712}, {inode: 4711}, {inode: 4713}}
-	findHolders(proc, all)
+	findHolders(proc, all, maxDescriptors)
 	for i, want := range []wire.Socket{{PID: 7, Process: "seven"}, {PID: 30, Process: "\x1b[2J? evil"}, {PID: 7, Process: "seven"}, {}} {
 		if all[i].Socket != want {
 			t.Errorf("%d: %+v", i, all[i])
+		}
+	}
+	// Process 7 has two descriptors, process 30 two more.
+	for limit, want := range map[int]int{0: 0, 2: 0, 4: 1} {
+		few := []waiting{{inode: 4712}, {inode: 4713}}
+		findHolders(proc, few, limit)
+		if found := few[0].PID / 30; found != want {
+			t.Errorf("of %d descriptors: %+v", limit, few)
 		}
 	}
 }
