@@ -11,7 +11,6 @@ import (
 	"os/exec"
 	"os/signal"
 	"runtime"
-	"runtime/debug"
 	"strings"
 	"syscall"
 	"time"
@@ -99,7 +98,7 @@ func oneCall(newDriver func() (vmm.Driver, error)) error {
 		return err
 	}
 	closeOnExec()
-	debug.SetMemoryLimit(image.MemoryTargetBytes)
+	image.LimitMemory()
 	// Asked to end, it ends as when the client cancels: with everything
 	// cleaned up.
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, syscall.SIGINT, syscall.SIGHUP)

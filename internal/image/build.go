@@ -39,13 +39,6 @@ const (
 	maxBaseBytes  = 1 << 40 // what may be asked for; it costs room in every base
 )
 
-// MemoryTargetBytes is the soft limit of the Go heap that a process which
-// builds should set (runtime/debug.SetMemoryLimit): near it the collector
-// works harder instead of letting garbage pile up. A build of 100,000 entries
-// of ordinary shape stays below it with ease; an image of stranger shape may
-// need more and gets it.
-const MemoryTargetBytes = 100 << 20
-
 // epoch stands in for the time of what an image says nothing about, so that
 // the same input always gives the same bytes.
 var epoch = time.Unix(0, 0).UTC()
@@ -136,11 +129,11 @@ func paramsOf(identity [32]byte, label string) ext4.Params {
 	return p
 }
 
-// addTree gives the merged tree to the writer. Nodes and inodes are in step:
+// addTree gives the merged tree to the writer and uses it up. Nodes and inodes are in step:
 // a node found under two paths is one inode with two links.
 func addTree(ctx context.Context, w *ext4.Writer, tree *oci.Tree[*ext4.Content], b *Built) error {
 	linked := make(map[*oci.Node[*ext4.Content]]*ext4.Inode)
-	return tree.Walk(func(path string, n *oci.Node[*ext4.Content]) error {
+	return tree.Drain(func(path string, n *oci.Node[*ext4.Content]) error {
 		if err := ctx.Err(); err != nil {
 			return context.Cause(ctx)
 		}
@@ -159,7 +152,7 @@ func addTree(ctx context.Context, w *ext4.Writer, tree *oci.Tree[*ext4.Content],
 				Mode: n.Mode, UID: n.UID, GID: n.GID,
 				Atime: atime, Mtime: mtime, Ctime: ctime, Crtime: mtime,
 				Target: n.Target, Major: n.Major, Minor: n.Minor,
-				Xattrs: n.Xattrs, Content: n.Content,
+				Xattrs: n.Xattrs.All(), Content: n.Content,
 			}
 			if n.Nlink > 1 {
 				linked[n] = inode

@@ -317,7 +317,7 @@ func (t *layerTree) Xattrs(p string) (map[string][]byte, error) {
 	if err != nil {
 		return nil, err
 	}
-	return n.Xattrs, nil
+	return n.Xattrs.All(), nil
 }
 
 // layerInfo is a node as an fs.FileInfo.

@@ -98,12 +98,12 @@ func TestACLOfTar(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if len(want) != len(n.Xattrs) {
-			t.Errorf("%s: %q, the kernel has %q", path, n.Xattrs, want)
+		if len(want) != len(n.Xattrs.All()) {
+			t.Errorf("%s: %q, the kernel has %q", path, n.Xattrs.All(), want)
 		}
 		for k, v := range want {
-			if !bytes.Equal(n.Xattrs[k], v) {
-				t.Errorf("%s: %s %x, the kernel has %x", path, k, n.Xattrs[k], v)
+			if !bytes.Equal(n.Xattrs.Get(k), v) {
+				t.Errorf("%s: %s %x, the kernel has %x", path, k, n.Xattrs.Get(k), v)
 			}
 		}
 	}
@@ -138,16 +138,16 @@ func TestRecords(t *testing.T) {
 	}{
 		{name: "a comment for all", typ: tar.TypeXGlobalHeader, records: map[string]string{"comment": "0123"}},
 		{name: "an owner for all", typ: tar.TypeXGlobalHeader, records: map[string]string{"uid": "7"}, fail: `global header with "uid"`},
-		{name: "ACL and mode", records: map[string]string{"SCHILY.acl.access": whole}, check: func(n *Node[int]) bool { return n.Mode == modeRegular|0o760 && len(n.Xattrs) == 1 }},
+		{name: "ACL and mode", records: map[string]string{"SCHILY.acl.access": whole}, check: func(n *Node[int]) bool { return n.Mode == modeRegular|0o760 && len(n.Xattrs.All()) == 1 }},
 		{name: "ACL and xattr", records: map[string]string{"SCHILY.acl.access": whole, "SCHILY.xattr.system.posix_acl_access": raw}, check: func(n *Node[int]) bool {
-			return n.Mode == modeRegular|0o644 && string(n.Xattrs["system.posix_acl_access"]) == raw
+			return n.Mode == modeRegular|0o644 && string(n.Xattrs.Get("system.posix_acl_access")) == raw
 		}},
 		{name: "ACL of names", records: map[string]string{"SCHILY.acl.default": "user::rwx,user:a:rwx,group::rwx,mask::rwx,other::rwx"}, notes: "ACLs that name users or groups without their numbers left out (1)"},
 		{name: "ACL that is none", records: map[string]string{"SCHILY.acl.access": "nonsense"}, fail: "ACL entry"},
 		{name: "ACL of NFS", records: map[string]string{"SCHILY.acl.ace": "owner@:rwx::allow"}, notes: "PAX records of no meaning to Linux left out (1)"},
 		{name: "file flags", records: map[string]string{"SCHILY.fflags": "uchg"}, notes: "PAX records of no meaning to Linux left out (1)"},
 		{name: "what files are made of", records: map[string]string{"SCHILY.dev": "1", "SCHILY.ino": "2", "LIBARCHIVE.creationtime": "3"}},
-		{name: "SELinux", records: map[string]string{"RHT.security.selinux": "a:b:c"}, check: func(n *Node[int]) bool { return string(n.Xattrs["security.selinux"]) == "a:b:c\x00" }},
+		{name: "SELinux", records: map[string]string{"RHT.security.selinux": "a:b:c"}, check: func(n *Node[int]) bool { return string(n.Xattrs.Get("security.selinux")) == "a:b:c\x00" }},
 	} {
 		t.Run(row.name, func(t *testing.T) {
 			tree, err := one(row.typ, row.records)

@@ -339,6 +339,9 @@ func (pl *pipeline) inflateBody(i int, in *bufio.Reader) error {
 		if pl.expanded += int64(n); pl.expanded > pl.lim.expandedBytes {
 			return fmt.Errorf("layers of more than %d bytes uncompressed", pl.lim.expandedBytes)
 		}
+		if pl.expanded > ExpansionFrom && pl.expanded/MaxExpansion > pl.fetched {
+			return fmt.Errorf("%d bytes of layers: it expands to more than %d times that", pl.fetched, MaxExpansion)
+		}
 		select {
 		case pl.raw <- chunk{buf: buf, n: n}:
 		case <-pl.ctx.Done():

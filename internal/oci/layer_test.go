@@ -509,7 +509,7 @@ func TestMetadata(t *testing.T) {
 			"SCHILY.xattr.user.c": "plain", "SCHILY.xattr.trusted.overlay.opaque": "y", "SCHILY.xattr.user.overlay.whiteout": "y",
 			"SCHILY.xattr.com.apple.provenance": "x", "SCHILY.xattr.system.posix_acl_access": "\x02\x00\x00\x00"}},
 			check: func(n *Node[int]) bool {
-				return len(n.Xattrs) == 4 && string(n.Xattrs["security.capability"]) == "\x01\x00\x00\x02" && string(n.Xattrs["user.a b"]) == "hi" && string(n.Xattrs["user.c"]) == "plain"
+				return len(n.Xattrs.All()) == 4 && string(n.Xattrs.Get("security.capability")) == "\x01\x00\x00\x02" && string(n.Xattrs.Get("user.a b")) == "hi" && string(n.Xattrs.Get("user.c")) == "plain"
 			}},
 		{name: "xattr value not base64", h: tar.Header{PAXRecords: map[string]string{"LIBARCHIVE.xattr.user.a": "*"}}, err: "not base64"},
 	} {

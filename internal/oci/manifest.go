@@ -400,6 +400,9 @@ func fillImage(img *Image, doc *document, rawConfig []byte, want platform) error
 	if len(cfg.RootFS.DiffIDs) != len(doc.layers) {
 		return fmt.Errorf("config: %d DiffIDs for %d layers", len(cfg.RootFS.DiffIDs), len(doc.layers))
 	}
+	if n := len(cfg.Config.Entrypoint) + len(cfg.Config.Cmd) + len(cfg.Config.Env); n > maxConfigWords {
+		return fmt.Errorf("config: %d words of entrypoint, command and environment, at most %d are taken", n, maxConfigWords)
+	}
 	img.Platform = is.String()
 	img.Config = banger.ImageConfig{
 		Entrypoint: cfg.Config.Entrypoint, Cmd: cfg.Config.Cmd, Env: cfg.Config.Env,

@@ -30,13 +30,17 @@ const (
 	MaxLayers        = 128       // layers of an image
 	MaxExpandedBytes = 64 << 30  // uncompressed streams and file contents, holes of sparse files counted
 	MaxEntries       = 1_000_000 // entries of all layers, and directories implied by them
-	MaxMetadataBytes = 128 << 20 // names, link targets, xattrs and nodes alive at one time
+	MaxExpansion     = 200       // bytes uncompressed for one stored, of all layers, past ExpansionFrom
+	ExpansionFrom    = 1 << 30   // bytes uncompressed
+	MaxMetadataBytes = 256 << 20 // names, link targets, xattrs and nodes alive at one time
 	MaxPathBytes     = 4096      // one path inside an image
 	MaxNameBytes     = 255       // one component of it
 	MaxTargetBytes   = 4095      // the target of a symlink
 	MaxXattrBytes    = 64 << 10  // names and values of one inode
+	maxConfigWords   = 100_000   // of entrypoint, command and environment
 	MaxZstdWindow    = 64 << 20  // memory a zstd frame may ask for
 	maxSymlinkHops   = 40        // symlinks followed to resolve one path, as Linux does
+	maxPathSteps     = 50 << 20  // components of paths and of symlinks on them, of all entries: seconds
 	maxIndexDepth    = 3         // indexes inside indexes
 )
 

@@ -162,8 +162,8 @@ func TestRootfsDir(t *testing.T) {
 	if tree.Lookup("fifo").Type() != modeFIFO || tree.Lookup("sock").Type() != modeSocket || tree.Lookup("sparse").SizeBytes != 1<<20 {
 		t.Error("FIFO, socket or sparse file wrong")
 	}
-	if xattr && string(tree.Lookup("sub").Xattrs["user.note"]) != "hi" {
-		t.Errorf("xattrs %q", tree.Lookup("sub").Xattrs)
+	if xattr && string(tree.Lookup("sub").Xattrs.Get("user.note")) != "hi" {
+		t.Errorf("xattrs %q", tree.Lookup("sub").Xattrs.All())
 	}
 	again, _ := walk()
 	if again.InputDigest != tree.InputDigest || !digestPattern.MatchString(tree.InputDigest) {

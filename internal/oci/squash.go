@@ -128,6 +128,7 @@ type builder[C any] struct {
 	content  int64 // bytes of files placed
 	dead     []C
 	notes    map[string]int
+	kinds    map[string]*Xattrs
 
 	whiteouts []whiteout
 	links     []pendingLink
@@ -150,7 +151,7 @@ type pendingLink struct {
 }
 
 func newBuilder[C any](sink Sink[C], lim limits) *builder[C] {
-	b := &builder[C]{sink: sink, lim: lim, notes: make(map[string]int)}
+	b := &builder[C]{sink: sink, lim: lim, notes: make(map[string]int), kinds: make(map[string]*Xattrs)}
 	b.tree = newTree(func(c C) { b.dead = append(b.dead, c) })
 	b.tree.charge = b.charge
 	return b
@@ -515,7 +516,8 @@ func (b *builder[C]) node(e *entry) (*Node[C], error) {
 		}
 		n.Major, n.Minor = uint32(e.major), uint32(e.minor)
 	}
-	n.Xattrs, err = b.xattrs(e.xattrs)
+	xattrs, err := b.xattrs(e.xattrs)
+	n.Xattrs = b.packed(xattrs)
 	return n, err
 }
 
@@ -524,6 +526,23 @@ func id(what string, v int64) (uint32, error) {
 		return 0, fmt.Errorf("%s %d is not in 0..%d", what, v, uint32(1<<32-1))
 	}
 	return uint32(v), nil
+}
+
+// packed is a set in little room, shared with others of the same if there are
+// not many kinds.
+func (b *builder[C]) packed(set map[string][]byte) *Xattrs {
+	x := newXattrs(set)
+	const kinds, kindBytes = 100, 1 << 10
+	if x == nil || len(x.packed) > kindBytes {
+		return x
+	}
+	if same := b.kinds[x.packed]; same != nil {
+		return same
+	}
+	if len(b.kinds) < kinds {
+		b.kinds[x.packed] = x
+	}
+	return x
 }
 
 // xattrs keeps what a Linux file system can hold, less what overlayfs in the
@@ -546,7 +565,7 @@ func (b *builder[C]) xattrs(in map[string][]byte) (map[string][]byte, error) {
 			b.notes["xattrs of overlayfs left out"]++
 		case rest != "" && (space == "user" || space == "trusted" || space == "security"),
 			k == "system.posix_acl_access", k == "system.posix_acl_default":
-			out[strings.Clone(k)] = v
+			out[k] = v
 		default:
 			b.notes["xattrs of no Linux namespace left out"]++
 		}

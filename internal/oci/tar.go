@@ -64,6 +64,8 @@ func tarError(m *endMark, err error) error {
 	switch {
 	case errors.Is(err, tar.ErrHeader):
 		return errors.New("not a tar archive, or a damaged one")
+	case errors.Is(err, tar.ErrFieldTooLong):
+		return errors.New("a header field of the tar archive is longer than 1 MiB") // archive/tar's limit
 	case errors.Is(err, io.ErrUnexpectedEOF):
 		return errCutShort
 	}

@@ -1,8 +1,10 @@
 package oci
 
 import (
+	"encoding/binary"
 	"errors"
 	"fmt"
+	"maps"
 	"slices"
 	"strings"
 	"time"
@@ -48,9 +50,51 @@ type Node[C any] struct {
 	Atime     *Time // nil unless the layer says
 	Ctime     *Time // nil unless the layer says
 	Target    string
-	Xattrs    map[string][]byte // full names ("user.x"), values as lsetxattr(2) takes them
-	Content   C                 // regular files
+	Xattrs    *Xattrs // nil for none
+	Content   C       // regular files
 }
+
+// Xattrs are the extended attributes of one inode, in little room: a map of one
+// would take ten times what is in it.
+type Xattrs struct {
+	packed string // for each, sorted: name, NUL, length of the value (4 bytes), value
+}
+
+// newXattrs packs names and values; nil for none.
+func newXattrs(set map[string][]byte) *Xattrs {
+	if len(set) == 0 {
+		return nil
+	}
+	size := 0
+	for name, value := range set {
+		size += len(name) + 1 + 4 + len(value)
+	}
+	packed := make([]byte, 0, size)
+	for _, name := range slices.Sorted(maps.Keys(set)) {
+		packed = append(append(packed, name...), 0)
+		packed = binary.LittleEndian.AppendUint32(packed, uint32(len(set[name])))
+		packed = append(packed, set[name]...)
+	}
+	return &Xattrs{string(packed)}
+}
+
+// All returns the full names ("user.x") with their values, as lsetxattr(2)
+// takes them, in a map of its own; nil for none.
+func (x *Xattrs) All() map[string][]byte {
+	if x == nil {
+		return nil
+	}
+	set := make(map[string][]byte)
+	for rest := x.packed; rest != ""; {
+		name, after, _ := strings.Cut(rest, "\x00")
+		n := binary.LittleEndian.Uint32([]byte(after[:4]))
+		set[name], rest = []byte(after[4:4+n]), after[4+n:]
+	}
+	return set
+}
+
+// Get returns the value of a full name.
+func (x *Xattrs) Get(name string) []byte { return x.All()[name] }
 
 // Type returns the S_IFMT part of the mode.
 func (n *Node[C]) Type() uint16 { return n.Mode & modeType }
@@ -85,6 +129,7 @@ type Tree[C any] struct {
 	root    *dentry[C]
 	layer   uint8
 	seq     uint32
+	steps   int // of all paths that were resolved
 	discard func(C)
 	charge  func(bytes int64) error
 }
@@ -94,7 +139,8 @@ type Tree[C any] struct {
 const (
 	dentryCostBytes = 88
 	nodeCostBytes   = 112
-	xattrCostBytes  = 96
+	kidsCostBytes   = 256 // of a directory's first name
+	xattrsCostBytes = 32  // of a set, beside what is in it
 )
 
 func newTree[C any](discard func(C)) *Tree[C] {
@@ -129,6 +175,37 @@ func (d *dentry[C]) walk(prefix []byte, fn func(string, *Node[C]) error) error {
 	return nil
 }
 
+// Drain is a Walk that gives up what it has passed: the tree is used up, and its
+// memory free, while whoever takes it grows.
+func (t *Tree[C]) Drain(fn func(path string, n *Node[C]) error) error {
+	root := t.root
+	t.root = nil
+	if err := fn("/", root.node); err != nil {
+		return err
+	}
+	return root.drain(make([]byte, 0, 256), fn)
+}
+
+func (d *dentry[C]) drain(prefix []byte, fn func(string, *Node[C]) error) error {
+	names := d.names()
+	kids := make([]*dentry[C], len(names))
+	for i, name := range names {
+		kids[i] = d.kids[name]
+	}
+	d.kids = nil
+	for i, k := range kids {
+		path := append(append(prefix, '/'), names[i]...)
+		kids[i], names[i] = nil, ""
+		if err := fn(string(path), k.node); err != nil {
+			return err
+		}
+		if err := k.drain(path, fn); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
 func (d *dentry[C]) names() []string {
 	if len(d.kids) == 0 {
 		return nil
@@ -144,6 +221,7 @@ func (d *dentry[C]) names() []string {
 var (
 	errNotFound = errors.New("does not exist")
 	errNotDir   = errors.New("a parent is not a directory")
+	errSteps    = fmt.Errorf("the paths of the image take more than %d steps in all", maxPathSteps)
 	errLoop     = errors.New("too many levels of symbolic links")
 	errTooLong  = fmt.Errorf("its path inside the image is longer than %d bytes", MaxPathBytes)
 )
@@ -206,6 +284,9 @@ func (t *Tree[C]) descend(comps []string, mode resolveMode) (trail[C], error) {
 	for len(todo) > 0 {
 		c := todo[len(todo)-1]
 		todo = todo[:len(todo)-1]
+		if t.steps++; t.steps > maxPathSteps {
+			return at, errSteps
+		}
 		switch c {
 		case "", ".":
 			continue
@@ -296,6 +377,9 @@ func (t *Tree[C]) put(dir *dentry[C], name string, n *Node[C]) (*dentry[C], erro
 	}
 	d = &dentry[C]{node: n, layer: t.layer, touched: t.layer, seq: t.seq}
 	if dir.kids == nil {
+		if err := t.charge(kidsCostBytes); err != nil {
+			return nil, err
+		}
 		dir.kids = make(map[string]*dentry[C])
 	}
 	// The name's bytes may be part of a long path: keep only what is needed.
@@ -306,8 +390,8 @@ func (t *Tree[C]) put(dir *dentry[C], name string, n *Node[C]) (*dentry[C], erro
 
 func (n *Node[C]) cost() int64 {
 	c := int64(nodeCostBytes + len(n.Target))
-	for k, v := range n.Xattrs {
-		c += int64(xattrCostBytes + len(k) + len(v))
+	if n.Xattrs != nil {
+		c += int64(xattrsCostBytes + len(n.Xattrs.packed))
 	}
 	return c
 }
@@ -327,9 +411,12 @@ func (t *Tree[C]) drop(d *dentry[C], name string) {
 	for _, k := range d.names() {
 		t.drop(d.kids[k], k)
 	}
+	if d.kids != nil {
+		_ = t.charge(-kidsCostBytes) // giving back cannot fail
+	}
 	d.kids = nil
 	t.Entries--
-	_ = t.charge(-int64(dentryCostBytes + len(name))) // giving back cannot fail
+	_ = t.charge(-int64(dentryCostBytes + len(name)))
 	if d.node.Nlink--; d.node.Nlink == 0 {
 		_ = t.charge(-d.node.cost())
 		if d.node.Type() == modeRegular {
