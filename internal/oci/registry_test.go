@@ -177,6 +177,22 @@ func TestRegistryHostile(t *testing.T) {
 		}
 	}
 	is := func(r *http.Request, what string) bool { return strings.HasSuffix(r.URL.Path, what) }
+	// document serves that under the tag.
+	document := func(raw string) func(http.ResponseWriter, *http.Request) bool {
+		return func(w http.ResponseWriter, r *http.Request) bool {
+			if !is(r, "manifests/t") {
+				return false
+			}
+			_, _ = io.WriteString(w, raw)
+			return true
+		}
+	}
+	nested := im.manifest
+	for range maxIndexDepth {
+		nested = im.add(mediaOCIIndex, []byte(`{"schemaVersion":2,"manifests":[`+desc(mediaOCIIndex, nested, len(im.blobs[nested]), `,"platform":{"os":"linux","architecture":"amd64"}`)+`]}`))
+	}
+	moved := false
+	refused, harmless := 0, 0
 	for _, tt := range []struct {
 		name  string
 		serve func(w http.ResponseWriter, r *http.Request) bool // false: as an honest one
@@ -347,6 +363,112 @@ func TestRegistryHostile(t *testing.T) {
 		}), banger.CodeUnavailable, "invalid header field value"},
 		{"token server broken", tokenServer(func(w http.ResponseWriter) { w.WriteHeader(500) }), banger.CodeUnavailable, "status 500"},
 		{"token server says the request is bad", tokenServer(func(w http.ResponseWriter) { w.WriteHeader(400) }), banger.CodeNotFound, "does not give access"},
+		{"endless headers", hijacked("HTTP/1.1 200 OK\r\n", "X-Filler: "+strings.Repeat("x", 1000)+"\r\n"), banger.CodeUnavailable, "exceeded"},
+		{"endless interim answers", hijacked("", "HTTP/1.1 103 Early Hints\r\nX-Filler: "+strings.Repeat("x", 1000)+"\r\n\r\n"), banger.CodeUnavailable, "registry 127.0.0.1"},
+		{"not HTTP", hijacked("", "SSH-2.0-OpenSSH_9.9\r\n"), banger.CodeUnavailable, "registry 127.0.0.1"},
+		{"manifest of a length that never comes", func(w http.ResponseWriter, r *http.Request) bool {
+			if !is(r, "manifests/t") {
+				return false
+			}
+			w.Header().Set("Content-Length", "4611686018427387904")
+			_, _ = w.Write([]byte("{}"))
+			w.(http.Flusher).Flush()
+			panic(http.ErrAbortHandler)
+		}, banger.CodeUnavailable, "closed in the middle"},
+		{"layer of a length that is not its", func(w http.ResponseWriter, r *http.Request) bool {
+			if !is(r, layer) {
+				return false
+			}
+			w.Header().Set("Content-Length", "4611686018427387904")
+			_, _ = w.Write(im.blobs[layer])
+			return true
+		}, banger.CodeInvalid, "size is 4611686018427387904 bytes"},
+		{"layer compressed again on the way", func(w http.ResponseWriter, r *http.Request) bool {
+			if !is(r, layer) {
+				return false
+			}
+			w.Header().Set("Content-Encoding", "gzip")
+			_, _ = w.Write(gz(t, im.blobs[layer]))
+			return true
+		}, banger.CodeInvalid, "size is"},
+		{"a part that was not asked for", func(w http.ResponseWriter, r *http.Request) bool {
+			if !is(r, layer) {
+				return false
+			}
+			w.Header().Set("Content-Range", fmt.Sprintf("bytes 0-%d/%d", len(im.blobs[layer])-1, len(im.blobs[layer])))
+			w.WriteHeader(http.StatusPartialContent)
+			_, _ = w.Write(im.blobs[layer])
+			return true
+		}, banger.CodeUnavailable, "status 206"},
+		{"no content", func(w http.ResponseWriter, r *http.Request) bool {
+			if !is(r, "manifests/t") {
+				return false
+			}
+			w.WriteHeader(http.StatusNoContent)
+			return true
+		}, banger.CodeUnavailable, "status 204"},
+		{"not modified", func(w http.ResponseWriter, r *http.Request) bool {
+			if !is(r, layer) {
+				return false
+			}
+			w.WriteHeader(http.StatusNotModified)
+			return true
+		}, banger.CodeUnavailable, "status 304"},
+		{"redirect to nowhere", func(w http.ResponseWriter, r *http.Request) bool {
+			if !is(r, layer) {
+				return false
+			}
+			w.WriteHeader(http.StatusFound)
+			return true
+		}, banger.CodeUnavailable, "status 302"},
+		{"redirect with a password", func(w http.ResponseWriter, r *http.Request) bool {
+			if !is(r, layer) || r.URL.RawQuery != "" {
+				return false
+			}
+			http.Redirect(w, r, "http://user:secret@192.0.2.1/x", http.StatusFound)
+			return true
+		}, banger.CodeUnavailable, `redirect to "http://192.0.2.1", which is not https`},
+		{"a digest in a header that is not that of the bytes", func(w http.ResponseWriter, r *http.Request) bool {
+			w.Header().Set("Docker-Content-Digest", sum(nil))
+			return false
+		}, "", ""},
+		{"tag that moves with each question", func(w http.ResponseWriter, r *http.Request) bool {
+			if !is(r, "manifests/t") || !moved {
+				moved = moved || is(r, "manifests/t")
+				return false
+			}
+			_, _ = io.WriteString(w, `{"schemaVersion":2}`)
+			return true
+		}, "", ""},
+		{"index as the manifest in it", func(w http.ResponseWriter, r *http.Request) bool {
+			if !strings.Contains(r.URL.Path, "manifests/sha256:") {
+				return false
+			}
+			w.Header().Set("Content-Type", mediaOCIIndex)
+			_, _ = w.Write(im.blobs[r.URL.Path[strings.LastIndex(r.URL.Path, "/")+1:]])
+			return true
+		}, banger.CodeInvalid, "by its index and"},
+		{"digest that is a path", document(`{"schemaVersion":2,"manifests":[{"mediaType":"` + mediaOCIManifest + `","digest":"sha256:../../../../etc/passwd","size":3,"platform":{"os":"linux","architecture":"amd64"}}]}`), banger.CodeInvalid, "etc/passwd"},
+		{"digest of another kind", document(`{"schemaVersion":2,"manifests":[{"mediaType":"` + mediaOCIManifest + `","digest":"md5:d41d8cd98f00b204e9800998ecf8427e","size":3,"platform":{"os":"linux","architecture":"amd64"}}]}`), banger.CodeInvalid, "md5:"},
+		{"layer digest that is a path", document(`{"schemaVersion":2,"config":` + desc(mediaOCIConfig, sum(nil), 2, "") + `,"layers":[` + desc(mediaOCILayer, "sha256:/etc/passwd", 3, "") + `]}`), banger.CodeInvalid, "etc/passwd"},
+		{"layer of negative size", document(`{"schemaVersion":2,"config":` + desc(mediaOCIConfig, sum(nil), 2, "") + `,"layers":[` + desc(mediaOCILayer, sum(nil), -1, "") + `]}`), banger.CodeInvalid, "layer 1"},
+		{"layer of 2^63-1 bytes", document(`{"schemaVersion":2,"config":` + desc(mediaOCIConfig, sum(nil), 2, "") + `,"layers":[` + desc(mediaOCILayer, sum(nil), 1<<63-1, "") + `]}`), banger.CodeInvalid, "layer 1"},
+		{"layer that is a page", document(`{"schemaVersion":2,"config":` + desc(mediaOCIConfig, sum(nil), 2, "") + `,"layers":[` + desc("text/html", sum(nil), 3, "") + `]}`), banger.CodeInvalid, "layer 1"},
+		{"layer from elsewhere", document(`{"schemaVersion":2,"config":` + desc(mediaOCIConfig, sum(nil), 2, "") + `,"layers":[` + desc(mediaOCILayer, sum(nil), 3, `,"urls":["http://169.254.169.254/"]`) + `]}`), banger.CodeNotFound, "not found"},
+		{"config that is no config", document(`{"schemaVersion":2,"config":` + desc("application/vnd.evil", sum(nil), 2, "") + `,"layers":[` + desc(mediaOCILayer, sum(nil), 3, "") + `]}`), banger.CodeInvalid, "not a container image"},
+		{"index of fifty indexes that are not there", document(`{"schemaVersion":2,"manifests":[` + strings.TrimSuffix(strings.Repeat(desc(mediaOCIIndex, sum([]byte("i")), 3, `,"platform":{"os":"linux","architecture":"amd64"}`)+",", 50), ",") + `]}`), banger.CodeNotFound, "not found"},
+		{"index and manifest in one", document(`{"schemaVersion":2,"manifests":[],"config":` + desc(mediaOCIConfig, sum(nil), 2, "") + `,"layers":[]}`), banger.CodeInvalid, "both as an index and as a manifest"},
+		{"two values of one key", document(`{"schemaVersion":2,"layers":[],"Layers":[],"layers":[{}]}`), banger.CodeInvalid, `"layers" is there twice`},
+		{"indexes in indexes", document(string(im.blobs[nested])), banger.CodeInvalid, "index"},
+		{"token server that is a file", challenge(`file:///etc/passwd`), banger.CodeUnavailable, `realm scheme "file" not allowed`},
+		{"token server that is gopher", challenge(`gopher://127.0.0.1:70/x`), banger.CodeUnavailable, `realm scheme "gopher" not allowed`},
+		{"token server that is a script", challenge(`javascript:alert(1)`), banger.CodeUnavailable, `registry 127.0.0.1`},
+		{"token server that is a path alone", challenge(`/token`), banger.CodeUnavailable, `registry 127.0.0.1`},
+		{"token server that is no scheme", challenge(`//192.0.2.1/token`), banger.CodeUnavailable, `registry 127.0.0.1`},
+		{"token server that is a socket", challenge(`unix:///run/docker.sock`), banger.CodeUnavailable, `registry 127.0.0.1`},
+		{"token server that is a password in it", challenge(`http://user:secret@192.0.2.1/token`), banger.CodeUnavailable, `which is not https`},
+		{"token server that is escapes", challenge(`http://192.0.2.1/%0d%0aHost:%20x`), banger.CodeUnavailable, `which is not https`},
+		{"token server that is the unspecified address", challenge(`http://0.0.0.0:80/token`), banger.CodeUnavailable, `private or link-local`},
 		{"token that does not help", tokenServer(func(w http.ResponseWriter) {
 			_, _ = io.WriteString(w, `{"token":"x"}`)
 		}), banger.CodeNotFound, "does not give access"},
@@ -362,9 +484,15 @@ func TestRegistryHostile(t *testing.T) {
 			start := time.Now()
 			_, _, err := pull(t, &Source{Blobs: cache}, ref(t, host(srv)+"/r/i:t"))
 			if tt.code != "" {
+				refused++
 				wantError(t, tt.name, err, tt.code, tt.err)
-			} else if err != nil {
+			} else if harmless++; err != nil {
 				t.Error(err)
+			}
+			for digest, raw := range cache.blobs {
+				if im.blobs[digest] == nil && sum(raw) != digest {
+					t.Errorf("the blob %s was kept", digest)
+				}
 			}
 			if d := time.Since(start); d > 20*time.Second {
 				t.Errorf("it held us for %s", d)
@@ -376,6 +504,36 @@ func TestRegistryHostile(t *testing.T) {
 				t.Errorf("%d blob writers left open", cache.open)
 			}
 		})
+	}
+	t.Logf("%d attacks of a registry refused, %d harmless", refused, harmless)
+}
+
+// challenge is a registry that sends everyone to a token server.
+func challenge(realm string) func(http.ResponseWriter, *http.Request) bool {
+	return func(w http.ResponseWriter, r *http.Request) bool {
+		w.Header().Set("WWW-Authenticate", `Bearer realm="`+realm+`",service="x"`)
+		w.WriteHeader(401)
+		return true
+	}
+}
+
+// hijacked answers with what is no answer, for ever.
+func hijacked(begin, again string) func(http.ResponseWriter, *http.Request) bool {
+	return func(w http.ResponseWriter, r *http.Request) bool {
+		conn, _, err := w.(http.Hijacker).Hijack()
+		if err != nil {
+			return true
+		}
+		defer conn.Close()
+		if _, err = io.WriteString(conn, begin); err != nil {
+			return true
+		}
+		for range 1 << 20 {
+			if _, err := io.WriteString(conn, again); err != nil {
+				break
+			}
+		}
+		return true
 	}
 }
 
