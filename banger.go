@@ -22,6 +22,7 @@ type Image struct {
 	Platform       string      `json:"platform"`
 	Created        time.Time   `json:"created"` // when the base was built here
 	Config         ImageConfig `json:"config"`
+	Trimmed        bool        `json:"trimmed"` // units of systemd that a microVM does not need are masked in it
 }
 
 // ImageConfig is the part of an OCI image configuration that banger acts on.

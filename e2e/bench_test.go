@@ -1,7 +1,6 @@
 package e2e
 
 import (
-	"archive/tar"
 	"crypto/rand"
 	"crypto/sha256"
 	"encoding/binary"
@@ -265,97 +264,25 @@ func compareStart(t *testing.T) {
 }
 
 // compareSystemd times a Debian with systemd up to its last unit, beside the
-// same image in which no unit can be masked: a unit of the image's own in /etc
-// comes before a mask in /run.
+// same image trimmed.
 func compareSystemd(t *testing.T) {
 	tarball := os.Getenv("BANGER_TEST_DEBIAN_TAR")
 	if tarball == "" {
 		t.Skip("SKIPPED: no tar of Debian (make test has one)")
 	}
 	banger := filepath.Join(world.bin, "banger")
-	measure(t, banger, "image", "pull", "--name", "bench-systemd", "rootfs:"+tarball)
-	cmd := exec.Command(banger, "run", "bench-systemd", "--", "ls", "/run/systemd/system")
-	cmd.Env = benchEnv(t)
-	masked, err := cmd.Output()
-	if err != nil {
-		t.Fatal(err)
-	}
-	stock := filepath.Join(t.TempDir(), "stock.tar")
-	if err := unmaskable(tarball, stock, strings.Fields(string(masked))); err != nil {
-		t.Fatal(err)
-	}
-	measure(t, banger, "image", "pull", "--name", "bench-systemd-stock", "rootfs:"+stock)
-	up := func(image string) func() cost {
+	up := func(name string, flags ...string) func() cost {
+		args := append([]string{"image", "pull", "--name", name}, flags...)
+		measure(t, banger, append(args, "rootfs:"+tarball)...)
 		return func() cost {
-			c := measure(t, banger, "run", "--wait", "init", image, "--", "true")
+			c := measure(t, banger, "run", "--wait", "init", name, "--", "true")
 			return cost{wall: c.wall, cpu: 1} // the VMM is no child of the command's
 		}
 	}
 	race(t, "systemd up to its last unit, and down again", benchRounds, []*contender{
-		{name: "all units that Debian starts", run: up("bench-systemd-stock")},
-		{name: "without what a microVM never needs", run: up("bench-systemd")},
+		{name: "all units that Debian starts", run: up("bench-systemd")},
+		{name: "trimmed", run: up("bench-systemd-trimmed", "--trim")},
 	})
-}
-
-// unmaskable copies a tar with every one of the units, or their templates,
-// once more in /etc/systemd/system.
-func unmaskable(from, to string, units []string) error {
-	in, err := os.Open(from)
-	if err != nil {
-		return err
-	}
-	defer in.Close()
-	out, err := os.Create(to)
-	if err != nil {
-		return err
-	}
-	defer out.Close()
-	wanted := map[string][]string{} // by the file that defines them
-	for _, u := range units {
-		file := u
-		if at := strings.IndexByte(u, '@'); at >= 0 {
-			file = u[:at+1] + filepath.Ext(u)
-		}
-		wanted[file] = append(wanted[file], u)
-	}
-	r, w := tar.NewReader(in), tar.NewWriter(out)
-	found := 0
-	for {
-		h, err := r.Next()
-		if err == io.EOF {
-			break
-		}
-		if err != nil {
-			return err
-		}
-		body, err := io.ReadAll(r)
-		if err != nil {
-			return err
-		}
-		if err := w.WriteHeader(h); err != nil {
-			return err
-		}
-		if _, err := w.Write(body); err != nil {
-			return err
-		}
-		dir, name := filepath.Split(h.Name)
-		if !strings.HasSuffix(dir, "lib/systemd/system/") || h.Typeflag != tar.TypeReg {
-			continue
-		}
-		for _, u := range wanted[name] {
-			found++
-			if err := w.WriteHeader(&tar.Header{Name: "./etc/systemd/system/" + u, Typeflag: tar.TypeReg, Mode: 0o644, Size: int64(len(body))}); err != nil {
-				return err
-			}
-			if _, err := w.Write(body); err != nil {
-				return err
-			}
-		}
-	}
-	if found == 0 {
-		return fmt.Errorf("%s: none of the units %q", from, units)
-	}
-	return w.Close()
 }
 
 type stage struct {

@@ -4,6 +4,7 @@ package e2e
 
 import (
 	"bytes"
+	"errors"
 	"flag"
 	"fmt"
 	"os"
@@ -190,7 +191,7 @@ func TestScripts(t *testing.T) {
 			env.Setenv("REGISTRY", world.registry.addr)
 			env.Setenv("LAYOUT", world.layout)
 			env.Setenv("BIN", world.bin)
-			for _, name := range []string{"BANGER_TEST_VMLINUZ", "BANGER_TEST_MODULES_DIR"} {
+			for _, name := range []string{"BANGER_TEST_VMLINUZ", "BANGER_TEST_MODULES_DIR", "BANGER_TEST_DEBIAN_TAR"} {
 				env.Setenv(name, os.Getenv(name))
 			}
 			env.Setenv("PATH", world.bin+string(os.PathListSeparator)+env.Getenv("PATH"))
@@ -207,6 +208,11 @@ func TestScripts(t *testing.T) {
 			switch cond {
 			case "root":
 				return os.Geteuid() == 0, nil
+			case "debian":
+				if os.Getenv("BANGER_TEST_DEBIAN_TAR") == "" && os.Getenv("CI") != "" {
+					return false, errors.New("BANGER_TEST_DEBIAN_TAR names no root")
+				}
+				return os.Getenv("BANGER_TEST_DEBIAN_TAR") != "", nil
 			case "kernel":
 				return os.Getenv("BANGER_TEST_VMLINUZ") != "" && os.Getenv("BANGER_TEST_MODULES_DIR") != "", nil
 			}

@@ -20,6 +20,7 @@ type RegisterParams struct {
 	Label string `json:"label"` // how the user called the file
 	File  int    `json:"file"`  // index of the file
 	Seed  int    `json:"seed"`  // index of the work seed that came with it; -1: none
+	Trim  bool   `json:"trim,omitempty"`
 }
 
 // SeedParams asks for another work seed of an image.

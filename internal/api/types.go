@@ -71,6 +71,9 @@ type Source struct {
 	PackagesName string `json:"packages_name,omitempty"`
 	Name         string `json:"name,omitempty"`     // under which it is kept, if not its own
 	Platform     string `json:"platform,omitempty"` // os/architecture[/variant]; "" is linux/amd64
+	// Trim masks units of systemd that a microVM does not need; nil leaves it to
+	// the kind of image.
+	Trim *bool `json:"trim,omitempty"`
 }
 
 // Named is the parameter of what acts on one thing by its name.

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 
 	"github.com/spf13/cobra"
@@ -240,7 +241,7 @@ func imageInspectCommand() *cobra.Command {
 				{"base digest", im.BaseDigest}, {"rootfs", im.Rootfs}, {"work seed", im.WorkSeed}, {"size", size(im.SizeBytes)},
 				{"on disk", size(im.AllocatedBytes)}, {"platform", im.Platform}, {"created", im.Created.String()},
 				{"entrypoint", strings.Join(im.Config.Entrypoint, " ")}, {"cmd", strings.Join(im.Config.Cmd, " ")},
-				{"user", im.Config.User}, {"working dir", im.Config.WorkingDir},
+				{"user", im.Config.User}, {"working dir", im.Config.WorkingDir}, {"trimmed", strconv.FormatBool(im.Trimmed)},
 			})
 		},
 	}

@@ -19,7 +19,7 @@ const workSeedSuffix = ".work-seed.ext4"
 
 func imageRegisterCommand() *cobra.Command {
 	var name string
-	var asJSON bool
+	var trim, asJSON bool
 	cmd := &cobra.Command{
 		Use:   "register [FLAGS] FILE.ext4",
 		Short: "Make an image of a root file system that another tool made",
@@ -46,7 +46,7 @@ EXAMPLE
 			}
 			defer f.Close()
 			files := []*os.File{f}
-			params := api.RegisterParams{Name: name, Label: args[0], File: 0, Seed: -1}
+			params := api.RegisterParams{Name: name, Label: args[0], File: 0, Seed: -1, Trim: trim}
 			seed, err := os.Open(stem + workSeedSuffix)
 			switch {
 			case err == nil:
@@ -68,6 +68,7 @@ EXAMPLE
 		},
 	}
 	cmd.Flags().StringVar(&name, "name", "", "keep it under this `NAME` (default: the file's own)")
+	cmd.Flags().BoolVar(&trim, "trim", false, "mask units of systemd that a microVM does not need")
 	cmd.Flags().BoolVar(&asJSON, "json", false, "print the image as JSON")
 	return cmd
 }

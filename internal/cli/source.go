@@ -4,6 +4,7 @@ import (
 	"errors"
 	"io/fs"
 	"os"
+	"strconv"
 	"strings"
 
 	"github.com/spf13/cobra"
@@ -17,16 +18,40 @@ import (
 type sourceFlags struct {
 	packages string
 	platform string
+	trim     optionalBool
 }
 
 func (s *sourceFlags) add(cmd *cobra.Command) {
 	cmd.Flags().StringVar(&s.packages, "packages", "", "for apt: images, a `FILE` of more packages, one name a line")
 	cmd.Flags().StringVar(&s.platform, "platform", "", "of an image for several, the one for `OS/ARCH` (default linux/amd64)")
+	f := cmd.Flags().VarPF(&s.trim, "trim", "", "mask units of systemd that a microVM does not need (default: of apt: images)")
+	f.NoOptDefVal = "true"
 }
+
+// An optionalBool is a flag that knows whether it was given.
+type optionalBool struct{ value *bool }
+
+func (b *optionalBool) String() string {
+	if b.value == nil {
+		return ""
+	}
+	return strconv.FormatBool(*b.value)
+}
+
+func (b *optionalBool) Set(text string) error {
+	v, err := strconv.ParseBool(text)
+	if err != nil {
+		return errors.New("it is true or false")
+	}
+	b.value = &v
+	return nil
+}
+
+func (b *optionalBool) Type() string { return "bool" }
 
 // open makes the Source of a reference and opens what it and the flags name.
 func (s *sourceFlags) open(reference string) (src api.Source, files []*os.File, err error) {
-	src = api.Source{Reference: reference, File: -1, Packages: -1, Platform: s.platform}
+	src = api.Source{Reference: reference, File: -1, Packages: -1, Platform: s.platform, Trim: s.trim.value}
 	if reference == "-" {
 		if term.IsTerminal(int(os.Stdin.Fd())) {
 			return src, nil, usagef("-: standard input is a terminal").WithHint("docker save IMAGE | banger image pull --name NAME -")

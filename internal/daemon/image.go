@@ -6,7 +6,6 @@ import (
 	"os"
 	"strings"
 	"syscall"
-	"time"
 
 	"banger"
 	"banger/internal/api"
@@ -49,6 +48,14 @@ func (d *daemon) source(c *api.Call, p api.Source) (*oci.Source, oci.Reference, 
 		}
 	}
 	return src, ref, nil
+}
+
+// trimOf says whether the base of a reference is to be trimmed.
+func trimOf(p api.Source, ref oci.Reference) bool {
+	if p.Trim != nil {
+		return *p.Trim
+	}
+	return image.TrimmedByDefault(ref)
 }
 
 // progressOf passes progress on to the client.
@@ -142,22 +149,23 @@ func (d *daemon) imagePull(ctx context.Context, c *api.Call) (any, error) {
 	if err != nil {
 		return nil, err
 	}
-	im, err := d.pull(ctx, c, r, src, ref, p.Name, nil)
+	im, err := d.pull(ctx, c, r, src, ref, image.PullOptions{Name: p.Name, Trim: trimOf(p, ref)})
 	if err != nil {
 		return nil, err
 	}
 	return im.Image, nil
 }
 
-// pull gets an image into the store, under its own name if name is empty.
-func (d *daemon) pull(ctx context.Context, c *api.Call, r *rooms, src *oci.Source, ref oci.Reference, name string, onStep func(string, time.Time, time.Time)) (*image.Image, error) {
+// pull gets an image into the store, with this release's agent.
+func (d *daemon) pull(ctx context.Context, c *api.Call, r *rooms, src *oci.Source, ref oci.Reference, opts image.PullOptions) (*image.Image, error) {
 	src.Blobs, src.Scratch = blobs{r.store.Blobs()}, r.store.Scratch
 	agent, err := openAgent()
 	if err != nil {
 		return nil, err
 	}
 	defer agent.Close()
-	im, err := r.images.Pull(ctx, src, ref, image.PullOptions{Name: name, Agent: agent, OnStep: onStep})
+	opts.Agent = agent
+	im, err := r.images.Pull(ctx, src, ref, opts)
 	if err != nil {
 		return nil, err
 	}
@@ -185,7 +193,13 @@ func (d *daemon) imageBuild(ctx context.Context, c *api.Call) (any, error) {
 		return nil, err
 	}
 	var agent *os.File
-	if !p.NoGuest {
+	trim := trimOf(p.Source, ref)
+	if p.NoGuest {
+		if p.Source.Trim != nil && trim {
+			return nil, banger.Errorf(banger.CodeUsage, "image build: --trim masks units by guest files, and --no-guest leaves those out")
+		}
+		trim = false
+	} else {
 		if agent, err = openAgent(); err != nil {
 			return nil, err
 		}
@@ -203,7 +217,7 @@ func (d *daemon) imageBuild(ctx context.Context, c *api.Call) (any, error) {
 	if err != nil {
 		return nil, err
 	}
-	built, err := image.Build(ctx, img, out, image.BuildOptions{SizeBytes: p.SizeBytes, Agent: agent})
+	built, err := image.Build(ctx, img, out, image.BuildOptions{SizeBytes: p.SizeBytes, Agent: agent, Trim: trim})
 	if err != nil {
 		return nil, err
 	}

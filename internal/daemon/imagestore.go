@@ -40,7 +40,7 @@ func (d *daemon) imageRegister(ctx context.Context, c *api.Call) (any, error) {
 		return nil, err
 	}
 	defer agent.Close()
-	im, err := r.images.Register(ctx, file, image.RegisterOptions{Name: p.Name, Label: p.Label, Agent: agent, Seed: seed})
+	im, err := r.images.Register(ctx, file, image.RegisterOptions{Name: p.Name, Label: p.Label, Agent: agent, Seed: seed, Trim: p.Trim})
 	if err != nil {
 		return nil, err
 	}

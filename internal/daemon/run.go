@@ -14,6 +14,7 @@ import (
 
 	"banger"
 	"banger/internal/api"
+	"banger/internal/image"
 	"banger/internal/kernel"
 	"banger/internal/vm"
 	"banger/internal/wire"
@@ -141,17 +142,29 @@ func (d *daemon) prepared(ctx context.Context, c *api.Call, r *rooms, get bool) 
 	if len(src.Packages) > 0 {
 		text = "" // what has that name alone is another image
 	}
-	im, err := r.lookUp(src.Name(ref), text)
+	trim := trimOf(p.Source, ref)
+	name := image.NameOf(src, ref, trim)
+	im, err := r.lookUp(name, text)
+	if err == nil && p.Source.Trim != nil && im.Trimmed != trim {
+		// Found by what the user called it, and not what is asked for. What is
+		// a reference as well can be had anew.
+		code := banger.CodeUsage
+		if im.Name == src.Name(ref) {
+			code = banger.CodeNotFound
+		}
+		im, err = nil, banger.Errorf(code, "image %q: what is in the store is not what --trim=%v asks for", im.Name, trim).
+			WithHint("leave --trim out, or get it once more under another name, with --trim=%v", trim)
+	}
 	switch {
 	case err == nil:
 		t.next("resolve")
 	case !get || banger.CodeOf(err) != banger.CodeNotFound:
 		return nil, err
-	case src.Name(ref) == "":
+	case name == "":
 		return nil, banger.Errorf(banger.CodeUsage, "image %q: it has no name of its own", ref).
 			WithHint("pull it under one: `banger image pull --name NAME %s`, then `banger run NAME`", ref)
 	default:
-		if im, err = d.pull(ctx, c, r, src, ref, "", t.step); err != nil {
+		if im, err = d.pull(ctx, c, r, src, ref, image.PullOptions{Trim: trim, OnStep: t.step}); err != nil {
 			return nil, err
 		}
 	}

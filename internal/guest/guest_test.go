@@ -444,52 +444,32 @@ func TestStdinQueue(t *testing.T) {
 	}
 }
 
-// What systemd has no need to do is masked in /run, and the files for a
-// foreign boot go; an fstab that says something is for systemd.
-func TestForSystemd(t *testing.T) {
-	for text, want := range map[string]bool{
-		"":                                 true,
-		"# UNCONFIGURED FSTAB\n\n  # x\n":  true,
-		"proc /proc proc hidepid=2 0 0\n":  false,
-		"# x\n\ttmpfs /tmp tmpfs\n":        false,
-		"# banger: no such device: /dev/x": true,
-	} {
-		root := t.TempDir()
-		for _, path := range append([]string{"/etc/fstab", "/etc/modules-load.d/mine.conf"}, foreign...) {
-			if err := os.MkdirAll(filepath.Dir(root+path), 0o755); err != nil {
-				t.Fatal(err)
-			}
-			if err := os.WriteFile(root+path, []byte(text), 0o644); err != nil {
-				t.Fatal(err)
-			}
-		}
-		for range 2 { // the second time it is there already
-			if err := forSystemd(root); err != nil {
-				t.Fatal(err)
-			}
-		}
-		for _, unit := range append(slices.Clone(needless), "systemd-remount-fs.service") {
-			target, err := os.Readlink(root + "/run/systemd/system/" + unit)
-			if masked := err == nil && target == "/dev/null"; masked != (want || unit != "systemd-remount-fs.service") {
-				t.Errorf("fstab %q: %s is masked: %v", text, unit, masked)
-			}
-		}
-		for _, path := range foreign {
-			if _, err := os.Lstat(root + path); err == nil {
-				t.Errorf("%s is there", path)
-			}
-		}
-		if _, err := os.Lstat(root + "/etc/modules-load.d/mine.conf"); err != nil {
-			t.Error(err)
-		}
-	}
-	// An image without an fstab has none that could say anything.
+// The files for a foreign boot go, and nothing else of systemd's is touched.
+func TestDropForeign(t *testing.T) {
 	root := t.TempDir()
-	if err := forSystemd(root); err != nil {
-		t.Fatal(err)
+	const mine = "/etc/modules-load.d/mine.conf"
+	for _, path := range append([]string{mine}, foreign...) {
+		if err := os.MkdirAll(filepath.Dir(root+path), 0o755); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(root+path, nil, 0o644); err != nil {
+			t.Fatal(err)
+		}
 	}
-	if _, err := os.Lstat(root + "/run/systemd/system/systemd-remount-fs.service"); err == nil {
-		t.Error("masked what has a condition of its own")
+	for range 2 { // the second time they are gone already
+		if err := dropForeign(root); err != nil {
+			t.Fatal(err)
+		}
+	}
+	var left []string
+	filepath.WalkDir(root, func(path string, d fs.DirEntry, err error) error {
+		if err == nil && !d.IsDir() {
+			left = append(left, strings.TrimPrefix(path, root))
+		}
+		return err
+	})
+	if !slices.Equal(left, []string{mine}) {
+		t.Errorf("left: %q", left)
 	}
 }
 

@@ -53,36 +53,11 @@ func (b *boot) personalise(init initChoice) error {
 		return err
 	}
 	if init.Kind == kindSystemd {
-		if err := forSystemd(""); err != nil {
+		if err := dropForeign(""); err != nil {
 			return err
 		}
 	}
 	return b.maskFstab()
-}
-
-// needless are units of systemd that have nothing to do in a microVM and take
-// half of the time in which an image comes up. What is masked comes back with
-// `systemctl unmask --runtime`, and a unit of the image's own in /etc was never
-// masked.
-var needless = []string{
-	// Devices: what there is was there from the start, with its node from
-	// devtmpfs and its driver in the kernel. What comes later udev sees.
-	"systemd-udev-trigger.service", "systemd-udev-settle.service",
-	// Nodes that load their module when they are opened: the agent made them.
-	"kmod-static-nodes.service",
-	// Modules on suspicion: a guest has no GPU and no EFI, and the kernel
-	// loads the others when they are asked for.
-	"modprobe@drm.service", "modprobe@efi_pstore.service", "modprobe@configfs.service",
-	"modprobe@dm_mod.service", "modprobe@loop.service", "modprobe@fuse.service",
-	// Logins at a keyboard: there is none, and a shell is a session of the
-	// agent's. The serial line is for the console's log.
-	"getty@tty1.service", "serial-getty@ttyS0.service", "console-getty.service",
-	"keyboard-setup.service", "console-setup.service", "systemd-vconsole-setup.service",
-	// Snapshots of logical volumes, to check file systems on them.
-	"e2scrub_reap.service", "e2scrub_all.timer",
-	// The seed of the last boot: the VMM gives randomness from the first
-	// instruction on, and a seed in an image is the same in every VM.
-	"systemd-random-seed.service",
 }
 
 // foreign are the guest files of a base by which it is reached where something
@@ -93,43 +68,11 @@ var foreign = []string{
 	"/etc/systemd/system/multi-user.target.wants/banger-network.service",
 }
 
-// forSystemd takes from systemd what is done already, or for nothing. The
-// files go in this VM's own layer only.
-func forSystemd(root string) error {
-	units := needless
-	data, err := readBounded(root+"/etc/fstab", maxEtcFileBytes)
-	if err == nil && emptyFstab(data) {
-		// Its entries for / and the kernel's own file systems are to be
-		// applied; there are none.
-		units = append(slices.Clone(units), "systemd-remount-fs.service")
-	}
+// dropForeign removes them from this VM's own layer.
+func dropForeign(root string) error {
 	for _, path := range foreign {
 		if err := os.Remove(root + path); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return bare(path, err)
-		}
-	}
-	return maskUnits(root, units)
-}
-
-// emptyFstab says whether there is nothing but comments.
-func emptyFstab(data []byte) bool {
-	for line := range bytes.Lines(data) {
-		if line = bytes.TrimSpace(line); len(line) > 0 && line[0] != '#' {
-			return false
-		}
-	}
-	return true
-}
-
-// maskUnits masks units of systemd in /run, so that nothing of it stays.
-func maskUnits(root string, units []string) error {
-	dir := root + "/run/systemd/system"
-	if err := mkdirAll(dir); err != nil {
-		return err
-	}
-	for _, unit := range units {
-		if err := os.Symlink("/dev/null", dir+"/"+unit); err != nil && !errors.Is(err, fs.ErrExist) {
-			return bare(dir, err)
 		}
 	}
 	return nil

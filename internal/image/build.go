@@ -47,6 +47,7 @@ var epoch = time.Unix(0, 0).UTC()
 type BuildOptions struct {
 	SizeBytes int64    // of the file system; 0 takes it from the content
 	Agent     *os.File // the guest binary; nil leaves the guest files out
+	Trim      bool     // see trim.go
 }
 
 // Built is what became of a build.
@@ -56,6 +57,7 @@ type Built struct {
 	UUID      [16]byte
 	SizeBytes int64
 	Entries   int
+	Masked    []string // units of systemd, if it was trimmed
 	Notes     []string // what the image asked for and did not get, one line each; untrusted
 	FetchEnd  time.Time
 }
@@ -76,12 +78,19 @@ func Build(ctx context.Context, img *oci.Image, out *os.File, opts BuildOptions)
 		return nil, err
 	}
 	b := &Built{Image: img, FetchEnd: time.Now(), Notes: tree.Notes}
-	b.Identity = identity(img, tree.InputDigest)
+	b.Identity = identity(img, tree.InputDigest, opts.Trim)
 	var guest []guestFile
 	if opts.Agent != nil {
 		if guest, err = guestFileList(opts.Agent); err != nil {
 			return nil, err
 		}
+	}
+	if opts.Trim {
+		b.Masked = trimmable(func(path string) bool { return tree.Lookup(path) != nil })
+		b.Notes = append(b.Notes, noteTrimmed(b.Masked)...)
+		guest = append(guest, masks(b.Masked)...)
+	}
+	if len(guest) > 0 {
 		if _, err := putGuestFiles(tree, w, guest); banger.CodeOf(err) == banger.CodeInvalid {
 			return nil, banger.Errorf(banger.CodeInvalid, "image %q: no place for a guest file: %w", img.Name, err)
 		} else if err != nil {
@@ -172,11 +181,16 @@ func addTree(ctx context.Context, w *ext4.Writer, tree *oci.Tree[*ext4.Content],
 }
 
 // identity hashes what decides the bytes of a base: the rules it is made by,
-// and the manifest or, where there is none, the input itself.
-func identity(img *oci.Image, inputDigest string) [32]byte {
+// what is masked in it, and the manifest or, where there is none, the input
+// itself.
+func identity(img *oci.Image, inputDigest string, trim bool) [32]byte {
 	source := img.Digest
 	if source == "" {
 		source = "input " + inputDigest
 	}
-	return sha256.Sum256(fmt.Appendf(nil, "%s\n%s\n%s\n", builder, img.Platform, source))
+	text := fmt.Appendf(nil, "%s\n%s\n%s\n", builder, img.Platform, source)
+	if trim {
+		text = fmt.Appendf(text, "without %s\n", strings.Join(needless, " "))
+	}
+	return sha256.Sum256(text)
 }

@@ -41,6 +41,8 @@ type record struct {
 	Created    time.Time          `json:"created"`
 	Config     banger.ImageConfig `json:"config"`
 	Blobs      []string           `json:"blobs,omitempty"` // digests it was made from
+	Trimmed    bool               `json:"trimmed,omitempty"`
+	Masked     []string           `json:"masked,omitempty"` // units of systemd, by trimming
 	Notes      []string           `json:"notes,omitempty"`
 }
 
@@ -65,8 +67,9 @@ func Open(s *store.Store) *Images { return &Images{s: s} }
 // An Image is one base image in the store.
 type Image struct {
 	banger.Image
-	UUID  [16]byte // of its file system
-	Notes []string // see Built.Notes
+	UUID   [16]byte // of its file system
+	Masked []string // units of systemd, by trimming
+	Notes  []string // see Built.Notes
 }
 
 // List returns all images, by name.
@@ -137,8 +140,8 @@ func (im *Images) load(id, name string) (*Image, error) {
 	image := &Image{Image: banger.Image{
 		ID: r.ID, Name: name, Reference: r.Reference, BaseDigest: r.BaseDigest,
 		Rootfs: filepath.Join(dir, store.ImageRootfs), Platform: r.Platform,
-		Created: r.Created, Config: r.Config,
-	}, Notes: r.Notes}
+		Created: r.Created, Config: r.Config, Trimmed: r.Trimmed,
+	}, Masked: r.Masked, Notes: r.Notes}
 	if r.Digest != "" {
 		image.Digest = &r.Digest
 	}
@@ -188,6 +191,7 @@ func (im *Images) readNames() (names, error) {
 type PullOptions struct {
 	Name  string // under which it is kept; empty is the reference's own
 	Agent *os.File
+	Trim  bool // see trim.go
 	// OnStep is told of the parts of a pull as they end.
 	OnStep func(name string, start, end time.Time)
 }
@@ -198,7 +202,7 @@ type PullOptions struct {
 func (im *Images) Pull(ctx context.Context, src *oci.Source, ref oci.Reference, opts PullOptions) (*Image, error) {
 	name := opts.Name
 	if name == "" {
-		name = src.Name(ref)
+		name = NameOf(src, ref, opts.Trim)
 	}
 	nameless := banger.Errorf(banger.CodeUsage, "image %q: it has no name of its own", ref).WithHint("give it one with --name")
 	if name == "" && ref.Kind != oci.KindArchive { // which may bring one
@@ -228,14 +232,14 @@ func (im *Images) Pull(ctx context.Context, src *oci.Source, ref oci.Reference, 
 		return nil, err
 	}
 	if name == "" {
-		name = img.Suggested
+		name = trimName(img.Suggested, ref, opts.Trim)
 	}
 	if name == "" {
 		return nil, nameless
 	}
 	t = step("resolve", t)
 	if img.Digest != "" {
-		id := idOf(identity(img, ""))
+		id := idOf(identity(img, "", opts.Trim))
 		if _, err := os.Stat(im.s.Image(id)); err == nil {
 			return im.name(ctx, name, id)
 		}
@@ -251,7 +255,7 @@ func (im *Images) Pull(ctx context.Context, src *oci.Source, ref oci.Reference, 
 	}
 	defer f.Close()
 	build := func() (*Built, error) {
-		return Build(ctx, img, f, BuildOptions{SizeBytes: im.baseBytes, Agent: opts.Agent})
+		return Build(ctx, img, f, BuildOptions{SizeBytes: im.baseBytes, Agent: opts.Agent, Trim: opts.Trim})
 	}
 	built, err := build()
 	if errors.Is(err, oci.ErrResumed) {
@@ -279,7 +283,7 @@ func (im *Images) Pull(ctx context.Context, src *oci.Source, ref oci.Reference, 
 		ID: id, Reference: ref.String(), Digest: img.Digest, BaseDigest: digest,
 		UUID: hex.EncodeToString(built.UUID[:]), Platform: img.Platform,
 		Created: time.Now().UTC().Truncate(time.Second), Config: img.Config,
-		Blobs: blobsOf(img), Notes: built.Notes,
+		Blobs: blobsOf(img), Trimmed: opts.Trim, Masked: built.Masked, Notes: built.Notes,
 	}
 	base, err := ext4.Open(f)
 	if err != nil {

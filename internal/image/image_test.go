@@ -609,7 +609,7 @@ func TestRecords(t *testing.T) {
 	im, s := newImages(t)
 	l := newLayout(t)
 	manifest, _ := l.add("a", tarOf(t, file("a", 0o644, "a")))
-	id := idOf(identity(&oci.Image{Digest: manifest, Platform: "linux/amd64"}, ""))
+	id := idOf(identity(&oci.Image{Digest: manifest, Platform: "linux/amd64"}, "", false))
 	plant(t, s, id)
 	if image, built := pull(t, im, l, "a", "found"); built || image.ID != id {
 		t.Errorf("a base without a name was not taken up: %+v", image)
@@ -728,7 +728,7 @@ func TestPullAgainstRemove(t *testing.T) {
 	im := Open(s)
 	l := newLayout(t)
 	manifest, _ := l.add("a", tarOf(t, file("a", 0o644, "a")))
-	id := idOf(identity(&oci.Image{Digest: manifest, Platform: "linux/amd64"}, ""))
+	id := idOf(identity(&oci.Image{Digest: manifest, Platform: "linux/amd64"}, "", false))
 	for range 40 {
 		if _, err := os.Stat(s.Image(id)); err != nil {
 			plant(t, s, id, "old")

@@ -29,6 +29,7 @@ type RegisterOptions struct {
 	Label string   // how the user called the file
 	Agent *os.File // the guest binary
 	Seed  *os.File // a work seed that came with it; nil makes one of its /root
+	Trim  bool     // see trim.go
 }
 
 // Register makes a base image of a copy of src, a regular file with an ext2,
@@ -59,7 +60,7 @@ func (im *Images) Register(ctx context.Context, src *os.File, opts RegisterOptio
 	if err := copyDisk(ctx, rootfs, src); err != nil {
 		return nil, fail(err)
 	}
-	notes, err := injectGuestFiles(ctx, rootfs, guest)
+	put, err := injectGuestFiles(ctx, rootfs, guest, opts.Trim)
 	if err != nil {
 		return nil, fail(err)
 	}
@@ -72,7 +73,7 @@ func (im *Images) Register(ctx context.Context, src *os.File, opts RegisterOptio
 	if err != nil {
 		return nil, fail(fmt.Errorf("read back: %w", err))
 	}
-	if err := checkGuestFiles(base, guest); err != nil {
+	if err := checkGuestFiles(base, append(guest, masks(put.masked)...)); err != nil {
 		return nil, err
 	}
 	digest, err := digestOf(ctx, f)
@@ -94,7 +95,8 @@ func (im *Images) Register(ctx context.Context, src *os.File, opts RegisterOptio
 	uuid := base.UUID()
 	r := record{
 		ID: idOf(identity), Reference: "ext4:" + opts.Label, BaseDigest: digest, UUID: hex.EncodeToString(uuid[:]),
-		Platform: "linux/amd64", Created: time.Now().UTC().Truncate(time.Second), Notes: notes,
+		Platform: "linux/amd64", Created: time.Now().UTC().Truncate(time.Second),
+		Trimmed: opts.Trim, Masked: put.masked, Notes: put.notes,
 	}
 	return im.commit(ctx, tmp, f, r, opts.Name)
 }
@@ -131,8 +133,14 @@ func givenSeed(ctx context.Context, dir string, seed *os.File, identity [32]byte
 	return digest, made.Chmod(0o400)
 }
 
+// injected is what an injection did beside the guest files.
+type injected struct {
+	masked []string // units of systemd
+	notes  []string
+}
+
 // injectGuestFiles changes the image at path, all or nothing.
-func injectGuestFiles(ctx context.Context, path string, guest []guestFile) (notes []string, err error) {
+func injectGuestFiles(ctx context.Context, path string, guest []guestFile, trim bool) (*injected, error) {
 	f, err := os.Open(path)
 	if err != nil {
 		return nil, err
@@ -156,16 +164,21 @@ func injectGuestFiles(ctx context.Context, path string, guest []guestFile) (note
 	if err != nil {
 		return nil, err
 	}
+	put := new(injected)
 	if len(strip) > 0 {
-		notes = append(notes, fmt.Sprintf("xattrs of overlayfs left out (%d)", len(strip)))
+		put.notes = append(put.notes, fmt.Sprintf("xattrs of overlayfs left out (%d)", len(strip)))
 	}
-	return notes, ext4.Edit(ctx, path, time.Time{}, func(e *ext4.Editor) error {
+	if trim {
+		put.masked = trimmable(func(path string) bool { _, err := old.Lstat(path); return err == nil })
+		put.notes = append(put.notes, noteTrimmed(put.masked)...)
+	}
+	return put, ext4.Edit(ctx, path, time.Time{}, func(e *ext4.Editor) error {
 		for _, path := range slices.Sorted(maps.Keys(strip)) {
 			if err := e.SetXattrs(path, strip[path]); err != nil {
 				return err
 			}
 		}
-		return editGuestFiles(e, guest)
+		return editGuestFiles(e, append(guest, masks(put.masked)...))
 	})
 }
 

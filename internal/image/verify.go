@@ -83,6 +83,9 @@ func (im *Images) Verify(ctx context.Context, name string, src *oci.Source, agen
 			}
 			v.differ("base image: %v", err)
 		}
+		if err := checkGuestFiles(base, masks(image.Masked)); err != nil {
+			v.differ("%v", err)
+		}
 		if err := checkGuestFiles(base, guest); err != nil {
 			v.Notes = append(v.Notes, fmt.Sprintf("%v: from another release?", err))
 		}
@@ -99,6 +102,10 @@ func (im *Images) Verify(ctx context.Context, name string, src *oci.Source, agen
 	}
 	nodes, err := putGuestFiles(tree, hashSink{}, guest)
 	if err != nil {
+		return nil, err
+	}
+	// What is masked is on record, so that another release finds it as well.
+	if _, err := putGuestFiles(tree, hashSink{}, masks(image.Masked)); err != nil {
 		return nil, err
 	}
 	v.Entries = tree.Entries
