@@ -280,13 +280,29 @@ func aptLines(image, suite string, host []apt.Source, exists func(string) bool) 
 	return lines, nil
 }
 
+// aptHostKeys is run by mmdebstrap in a shell, with the root's path as $1. An
+// image with an SSH server has no host keys, which would be those of every VM of
+// it: aptFilter takes them out, and its unit makes what is missing at a start.
+const aptHostKeys = `set -eu
+test -x "$1/usr/sbin/sshd" || exit 0
+umask 022
+mkdir -p "$1/etc/systemd/system/ssh.service.d"
+cat >"$1/etc/systemd/system/ssh.service.d/host-keys.conf" <<'END'
+[Service]
+ExecStartPre=
+ExecStartPre=/usr/bin/ssh-keygen -A
+ExecStartPre=/usr/sbin/sshd -t
+END
+`
+
 // args are mmdebstrap's: nothing in them can be taken for another option, and
-// none of it goes through a shell.
+// nothing that a user chose goes through a shell.
 func (b *aptBuild) args() []string {
 	args := []string{
 		"--mode=unshare", "--variant=minbase", "--format=tar", "--architectures=" + b.arch,
 		"--include=" + strings.Join(slices.Concat(aptBase, b.packages), ","),
 		`--aptopt=Acquire::Retries "3"`,
+		"--customize-hook=" + aptHostKeys,
 		"--", b.suite, "-",
 	}
 	return append(args, b.lines...)
@@ -364,7 +380,7 @@ func (r *aptRun) listen(p *progress, said io.Reader) {
 	for lines.Scan() {
 		text, ok := strings.CutPrefix(lines.Text(), "I: ")
 		step := strings.TrimSuffix(text, "...")
-		if verb, _, _ := strings.Cut(step, " "); ok && slices.Contains(aptSteps, verb) {
+		if verb, of, _ := strings.Cut(step, " "); ok && slices.Contains(aptSteps, verb) && !strings.HasPrefix(of, "--") {
 			p.report("build", clip(step), 0, 0)
 		}
 	}

@@ -41,7 +41,7 @@ type blob struct {
 	open      func(context.Context, *progress) (io.ReadCloser, error)
 	openRest  func(ctx context.Context, from int64) (io.ReadCloser, error) // nil: only the whole can be had; needs keep
 	filter    func(*entry) bool                                            // what to leave out; nil: nothing
-	inputSum  *string                                                      // set to the digest of the stored bytes
+	inputSum  *string                                                      // set to the digest of the stored bytes, or of what the filter kept
 	layered   bool
 }
 
@@ -99,12 +99,14 @@ func squashLayers[C any](ctx context.Context, b *builder[C], blobs []blob, p *pr
 		b.begin(bl.layered)
 		r := &chunkReader{pl: pl}
 		add := b.add
+		kept := sha256.New()
 		if bl.filter != nil {
 			add = func(e *entry, body io.Reader) error {
 				if !bl.filter(e) {
 					return nil
 				}
-				return b.add(e, body)
+				recordEntry(kept, e)
+				return b.add(e, io.TeeReader(body, kept))
 			}
 		}
 		trailing, ended, err := readTar(r, add)
@@ -133,6 +135,9 @@ func squashLayers[C any](ctx context.Context, b *builder[C], blobs []blob, p *pr
 		}
 		if err := b.end(); err != nil {
 			return fmt.Errorf("%s: %w", bl.label, err)
+		}
+		if bl.inputSum != nil && bl.filter != nil {
+			*bl.inputSum = digestOf(kept)
 		}
 	}
 	return nil
@@ -278,7 +283,7 @@ func (pl *pipeline) inflateOne(i int) (err error) {
 	if verr := v.finish(in); verr != nil {
 		err = verr
 	}
-	if bl.inputSum != nil && err == nil {
+	if bl.inputSum != nil && bl.filter == nil && err == nil {
 		*bl.inputSum = digestOf(v.h)
 	}
 	return err

@@ -265,11 +265,13 @@ func (b *fileBody) Read(p []byte) (int, error) {
 	return n, err
 }
 
-// record adds an entry to the digest of the input: fields with their lengths,
-// so that no two trees give one sequence of bytes.
-func (w *walker) record(e *entry) {
-	num := func(v int64) { _ = binary.Write(w.sum, binary.LittleEndian, v) }
-	str := func(s string) { num(int64(len(s))); _, _ = io.WriteString(w.sum, s) }
+func (w *walker) record(e *entry) { recordEntry(w.sum, e) }
+
+// recordEntry adds an entry to the digest of an input: fields with their
+// lengths, so that no two trees give one sequence of bytes.
+func recordEntry(sum hash.Hash, e *entry) {
+	num := func(v int64) { _ = binary.Write(sum, binary.LittleEndian, v) }
+	str := func(s string) { num(int64(len(s))); _, _ = io.WriteString(sum, s) }
 	str(e.name)
 	for _, v := range []int64{int64(e.typ), e.mode, e.uid, e.gid, e.major, e.minor, e.size, e.mtime.Sec, int64(e.mtime.Nsec)} {
 		num(v)
@@ -279,6 +281,14 @@ func (w *walker) record(e *entry) {
 	for _, k := range slices.Sorted(maps.Keys(e.xattrs)) {
 		str(k)
 		str(string(e.xattrs[k]))
+	}
+	// Only tars have these; a negative number is no length of a next name.
+	for i, t := range []*Time{e.atime, e.ctime} {
+		if t != nil {
+			num(int64(-1 - i))
+			num(t.Sec)
+			num(int64(t.Nsec))
+		}
 	}
 }
 

@@ -119,7 +119,8 @@ type dentry[C any] struct {
 type Tree[C any] struct {
 	// InputDigest is "sha256:" and the hash of what was read where there is no
 	// manifest: of the stream for a tar, of metadata and content for a
-	// directory. "" for images with a manifest.
+	// directory and for an apt: image, where what is left out does not count.
+	// "" for images with a manifest.
 	InputDigest string
 	// Notes says in words what was left out, and why.
 	Notes []string
