@@ -473,6 +473,29 @@ func TestDropForeign(t *testing.T) {
 	}
 }
 
+func TestMaskStaticNodes(t *testing.T) {
+	for name, row := range map[string]struct {
+		entries map[string]string
+		masked  bool
+	}{
+		"no kmod":            {map[string]string{"bin/sh": "x"}, true},
+		"kmod":               {map[string]string{"bin/kmod": "x"}, false},
+		"kmod, merged /usr":  {map[string]string{"usr/bin/kmod": "x", "bin": "->usr/bin"}, false},
+		"a link to nothing":  {map[string]string{"bin/kmod": "->/usr/bin/kmod"}, true},
+		"a folder":           {map[string]string{"bin/kmod/": ""}, true},
+		"masked by somebody": {map[string]string{"run/systemd/system/kmod-static-nodes.service": "->/dev/null"}, true},
+	} {
+		root := tree(t, row.entries)
+		if err := maskStaticNodes(root); err != nil {
+			t.Fatalf("%s: %v", name, err)
+		}
+		target, err := os.Readlink(root + "/run/systemd/system/kmod-static-nodes.service")
+		if masked := err == nil && target == "/dev/null"; masked != row.masked {
+			t.Errorf("%s: masked: %v", name, masked)
+		}
+	}
+}
+
 func TestStaticNodes(t *testing.T) {
 	if os.Geteuid() != 0 {
 		t.Skip("NOT TESTED: device nodes need root")

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 
@@ -56,6 +57,9 @@ func (b *boot) personalise(init initChoice) error {
 		if err := dropForeign(""); err != nil {
 			return err
 		}
+		if err := maskStaticNodes("/"); err != nil {
+			return err
+		}
 	}
 	return b.maskFstab()
 }
@@ -74,6 +78,23 @@ func dropForeign(root string) error {
 		if err := os.Remove(root + path); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return bare(path, err)
 		}
+	}
+	return nil
+}
+
+// maskStaticNodes masks a unit that fails in an image without kmod, until the
+// guest stops. It makes nodes by the list on the modules drive, which its author
+// did not count on, and which the agent has made.
+func maskStaticNodes(root string) error {
+	if _, fi, err := resolveIn(root, "/bin/kmod"); err == nil && fi.Mode().IsRegular() {
+		return nil
+	}
+	path := filepath.Join(root, "run/systemd/system/kmod-static-nodes.service")
+	if err := mkdirAll(filepath.Dir(path)); err != nil {
+		return err
+	}
+	if err := os.Symlink("/dev/null", path); err != nil && !errors.Is(err, fs.ErrExist) {
+		return bare(path, err)
 	}
 	return nil
 }
