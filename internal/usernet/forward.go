@@ -249,18 +249,6 @@ func (p *port) dialGuest(ctx context.Context, port uint16) (*guestConn, error) {
 	return c, err
 }
 
-// Dial connects to a TCP port of the guest, from its gateway.
-func (n *Network) Dial(ctx context.Context, port uint16) (net.Conn, error) {
-	p := n.current()
-	if p == nil {
-		return nil, banger.Errorf(banger.CodeUnavailable, "network: the VM has no network card yet")
-	}
-	both, cancel := context.WithCancelCause(ctx)
-	defer cancel(nil)
-	defer context.AfterFunc(p.ctx, func() { cancel(context.Cause(p.ctx)) })()
-	return p.dialGuest(both, port)
-}
-
 // Join connects a connection of the host's, which it owns from then on, to a
 // TCP port of the guest. It returns once the guest has accepted, or with the
 // reason why not, unix.ECONNREFUSED among them; the connection is reset then.

@@ -144,17 +144,6 @@ func TestForward(t *testing.T) {
 	if got := len(n.Forwards()); got != 5 {
 		t.Errorf("%d forwards, want 5: %v", got, n.Forwards())
 	}
-
-	d, err := n.Dial(t.Context(), 80)
-	if err != nil {
-		t.Fatal(err)
-	}
-	_ = d.SetDeadline(time.Now().Add(promptly))
-	_, _ = d.Write([]byte("z"))
-	if _, err := d.Read(make([]byte, 1)); err != nil {
-		t.Errorf("Dial: %v", err)
-	}
-	d.Close()
 }
 
 // Flows that are open do not keep their network from ending.
