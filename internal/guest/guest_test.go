@@ -498,7 +498,7 @@ func TestMaskStaticNodes(t *testing.T) {
 
 func TestStaticNodes(t *testing.T) {
 	if os.Geteuid() != 0 {
-		t.Skip("NOT TESTED: device nodes need root")
+		missing(t, "device nodes need root")
 	}
 	dev := t.TempDir()
 	staticNodes([]byte("# Device nodes\nfuse fuse c10:229\ntun net/tun c10:200\nloop loop-control c10:237\nbad ../x c1:1\nbad /x c1:1\n"+

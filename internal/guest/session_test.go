@@ -62,7 +62,7 @@ func dial(t *testing.T, s *server, req wire.Request) (net.Conn, wire.Reply) {
 func begin(t *testing.T, e wire.Exec) *client {
 	t.Helper()
 	if e.User == "" && os.Geteuid() != 0 {
-		t.Skip("sessions as root need root")
+		missing(t, "sessions as root need root")
 	}
 	conn, r := dial(t, newServer(sessionToken, newJournal(nil)), wire.Request{Token: sessionToken, Op: wire.OpExec, Exec: &e})
 	if r.Error != nil {
@@ -215,7 +215,7 @@ func TestExecRefused(t *testing.T) {
 		{"program closed to the user", &wire.Exec{Args: []string{file("secret", 0o700, "#!/bin/sh\n")}, User: "65534", Dir: "/"}, wire.ErrNotExecutable},
 	} {
 		if os.Geteuid() != 0 && c.exec != nil {
-			t.Skip("sessions as root need root")
+			missing(t, "sessions as root need root")
 		}
 		if fi, err := os.Stat("/root"); c.name == "folder closed to the user" && (err != nil || fi.Mode()&1 != 0) {
 			continue

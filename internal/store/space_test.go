@@ -48,6 +48,9 @@ func onSmallDisk(t *testing.T, size string) (dir string, inside bool) {
 			t.Fatalf("%v\n%s", err, out)
 		}
 	}
+	if os.Getenv("CI") == "true" {
+		t.Fatalf("cannot test: no file system can be filled, neither as root nor in a user namespace: %v", err)
+	}
 	t.Skipf("NOT TESTED: no file system can be filled, neither as root nor in a user namespace: %v", err)
 	return "", false
 }

@@ -199,6 +199,9 @@ func inNamespace(t *testing.T) {
 			t.Fatalf("%v\n%s", err, out)
 		}
 	}
+	if os.Getenv("CI") == "true" {
+		t.Fatalf("cannot test: no file system can be filled, neither as root nor in a user namespace: %v", err)
+	}
 	t.Skipf("NOT TESTED: no file system can be filled, neither as root nor in a user namespace: %v", err)
 }
 
