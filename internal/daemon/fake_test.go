@@ -415,11 +415,14 @@ func (w *world) atRest(names ...string) {
 		} else if shown := all[rec.Name]; shown.State != life.State || !vm.Rests(life.State) || life.Supervisor != nil || life.VMM != nil {
 			w.t.Errorf("VM %s is shown as %s, its record says %+v", rec.Name, shown.State, life)
 		}
-		if hold, err := w.s.HoldVM(id); err != nil {
-			w.t.Errorf("VM %s: %v", id, err)
-		} else {
-			hold.Close()
-		}
+		// A supervisor that was killed has its files for a moment longer.
+		w.until("VM "+id+" is held by nobody", func() bool {
+			hold, err := w.s.HoldVM(id)
+			if err == nil {
+				hold.Close()
+			}
+			return err == nil
+		})
 	}
 	if left, err := w.s.Leftovers(); err != nil || len(left) > 0 {
 		w.t.Errorf("left behind: %q, %v", left, err)
