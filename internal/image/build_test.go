@@ -21,6 +21,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/klauspost/compress/zstd"
 	"golang.org/x/sys/unix"
 
 	"banger"
@@ -211,15 +212,52 @@ func (l *layout) json(mediaType string, v any) map[string]any {
 // its manifest and of its layers.
 func (l *layout) add(tag string, layers ...[]byte) (manifest string, blobs []string) {
 	l.t.Helper()
-	var diffIDs []string
-	var descriptors []map[string]any
+	var stored []storedLayer
 	for _, raw := range layers {
+		stored = append(stored, storeLayer(l.t, "gzip", raw))
+	}
+	return l.addStored(tag, stored...)
+}
+
+// A storedLayer is a layer as it lies in a registry.
+type storedLayer struct {
+	kind   string // gzip, zstd or "" for none
+	data   []byte
+	diffID string
+}
+
+func storeLayer(t testing.TB, kind string, raw []byte) storedLayer {
+	t.Helper()
+	s := storedLayer{kind: kind, data: raw, diffID: sum(raw)}
+	switch kind {
+	case "gzip":
 		var b bytes.Buffer
 		w := gzip.NewWriter(&b)
 		w.Write(raw)
 		w.Close()
-		d := l.blob("application/vnd.oci.image.layer.v1.tar+gzip", b.Bytes())
-		diffIDs = append(diffIDs, sum(raw))
+		s.data = b.Bytes()
+	case "zstd":
+		w, err := zstd.NewWriter(nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer w.Close()
+		s.data = w.EncodeAll(raw, nil)
+	}
+	return s
+}
+
+func (l *layout) addStored(tag string, layers ...storedLayer) (manifest string, blobs []string) {
+	l.t.Helper()
+	var diffIDs []string
+	var descriptors []map[string]any
+	for _, s := range layers {
+		media := "application/vnd.oci.image.layer.v1.tar"
+		if s.kind != "" {
+			media += "+" + s.kind
+		}
+		d := l.blob(media, s.data)
+		diffIDs = append(diffIDs, s.diffID)
 		descriptors = append(descriptors, d)
 		blobs = append(blobs, d["digest"].(string))
 	}

@@ -5,6 +5,7 @@ import (
 	"context"
 	"fmt"
 	"io/fs"
+	"maps"
 	"math/rand/v2"
 	"os"
 	"os/exec"
@@ -18,6 +19,9 @@ import (
 	"unsafe"
 
 	"golang.org/x/sys/unix"
+
+	"banger/internal/oci"
+	"banger/internal/store"
 )
 
 // hostileVar makes TestHostileImages the process that reads hostile images.
@@ -58,91 +62,134 @@ func forbidExec() error {
 	return nil
 }
 
-// atoms are what an attacker puts into a layer. outside is a path on the host
-// that must not change.
-func atoms(outside string) [][]entry {
+// An atom is one thing that an attacker puts into a layer. taken says that an
+// image of it alone is an image; else want is of the reason.
+type atom struct {
+	name    string
+	want    string
+	entries []entry
+}
+
+// atoms are all of them. outside is a path on the host that must not change.
+func atoms(outside string) []atom {
 	victim := outside + "/victim"
 	up := strings.Repeat("../", 20)
 	evil := func(name string) entry { return file(name, 0o6777, "evil") }
 	typed := func(typ byte, name string, major, minor int64) entry {
 		return entry{Header: tar.Header{Typeflag: typ, Name: name, Devmajor: major, Devminor: minor, Mode: 0o666}}
 	}
-	list := [][]entry{
-		{evil(up + victim)},
-		{evil(victim)},
-		{evil("a/../../" + up + victim)},
-		{symlink("out", outside), evil("out/victim")},
-		{symlink("up", up), evil("up" + victim)},
-		{symlink("one", ".."), symlink("one/two", ".."), evil("one/two" + victim)},
-		{symlink("a", "b"), symlink("b", "c"), symlink("c", outside), evil("a/victim")},
-		{symlink("loop", "loop"), evil("loop/x")},
-		{hardlink("h", victim)},
-		{hardlink("h", up+victim)},
-		{symlink("s", victim), hardlink("h", "s"), evil("h")},
-		{hardlink("h", "h")},
-		{hardlink("h1", "h2"), hardlink("h2", "h1")},
-		{dir("d/", 0o755), hardlink("h", "d")},
-		{evil(".wh..")},
-		{evil(".wh...")},
-		{evil(".wh.")},
-		{evil("../.wh.victim")},
-		{symlink("out", outside), evil("out/.wh.victim"), evil("out/.wh..wh..opq")},
-		{evil(".wh..wh..opq")},
-		{evil(".wh.a/b")},
-		{evil(".wh..wh.plnk/1")},
-		{typed(tar.TypeBlock, "disk", 8, 0)},
-		{typed(tar.TypeChar, "whiteout", 0, 0)},
-		{typed(tar.TypeFifo, "fifo", 0, 0)},
-		{typed('V', "volume", 0, 0)},
-		{evil("x").owned(1<<31, 1<<32-1)},
-		{entry{tar.Header{Typeflag: tar.TypeReg, Name: "uid", Uid: -1, Format: tar.FormatGNU}, "x"}},
-		{evil("past").at(time.Unix(-1<<40, 0))},
-		{evil("future").at(time.Unix(1<<40, 999999999))},
-		{evil("x").with("trusted.overlay.opaque", "y")},
-		{evil("x").with("user.overlay.metacopy", "")},
-		{evil("x").with("security.capability", "nonsense")},
-		{evil("x").with("system.posix_acl_access", "nonsense")},
-		{evil("x").with("user.large", strings.Repeat("x", 70_000))},
-		{evil("x/y"), evil("x"), dir("x/", 0o755), symlink("x", "y")},
-		{evil("usr"), evil("usr/local/bin/banger-vsock-agent")},
-		{evil("usr/local")},
-		{symlink("etc", "etc")},
-		{symlink("etc/systemd/system", outside)},
-		{symlink("usr/local/bin/banger-vsock-agent", victim)},
-		{symlink("root", outside), symlink("root/.profile", victim)},
-		{symlink("lost+found", outside)},
-		{evil("lost+found/x")},
-		{evil(strings.Repeat("d/", 2000) + "x")},
-		{evil(strings.Repeat("d/", 2100) + "x")},
-		{evil(strings.Repeat("n", 255))},
-		{evil(strings.Repeat("n", 256))},
-		{symlink("long", strings.Repeat("t", 4095))},
-		{symlink("long", strings.Repeat("t", 4096))},
-		{symlink("nothing", "")},
+	list := []atom{
+		{"path up and out", `".." in its path`, []entry{evil(up + victim)}},
+		{"absolute path", "", []entry{evil(victim)}},
+		{"path down, up and out", `".." in its path`, []entry{evil("a/../../" + up + victim)}},
+		{"file through a symlink out", "", []entry{symlink("out", outside), evil("out/victim")}},
+		{"file through a symlink up", "", []entry{symlink("up", up), evil("up" + victim)}},
+		{"file through a chain up", "", []entry{symlink("one", ".."), symlink("one/two", ".."), evil("one/two" + victim)}},
+		{"file through three symlinks", "", []entry{symlink("a", "b"), symlink("b", "c"), symlink("c", outside), evil("a/victim")}},
+		{"file through a symlink to itself", "too many levels of symbolic links", []entry{symlink("loop", "loop"), evil("loop/x")}},
+		{"hard link to a path of the host", "which is not there", []entry{hardlink("h", victim)}},
+		{"hard link up and out", `".." in its path`, []entry{hardlink("h", up+victim)}},
+		{"write through a hard link to a symlink", "", []entry{symlink("s", victim), hardlink("h", "s"), evil("h")}},
+		{"hard link to itself", "hard link to itself", []entry{hardlink("h", "h")}},
+		{"hard links in a circle", "which is not there", []entry{hardlink("h1", "h2"), hardlink("h2", "h1")}},
+		{"hard link to a directory", "a directory", []entry{dir("d/", 0o755), hardlink("h", "d")}},
+		{"whiteout of .", "whiteout of nothing that can be removed", []entry{evil(".wh..")}},
+		{"whiteout of ..", "whiteout of nothing that can be removed", []entry{evil(".wh...")}},
+		{"whiteout of nothing", "whiteout of nothing that can be removed", []entry{evil(".wh.")}},
+		{"whiteout outside", `".." in its path`, []entry{evil("../.wh.victim")}},
+		{"whiteouts through a symlink out", "", []entry{symlink("out", outside), evil("out/.wh.victim"), evil("out/.wh..wh..opq")}},
+		{"opaque root", "", []entry{evil(".wh..wh..opq")}},
+		{"below a whiteout", "below a whiteout", []entry{evil(".wh.a/b")}},
+		{"aufs's own", "", []entry{evil(".wh..wh.plnk/1")}},
+		{"block device", "", []entry{typed(tar.TypeBlock, "disk", 8, 0)}},
+		{"device 0:0, overlayfs's whiteout", "character device 0:0", []entry{typed(tar.TypeChar, "whiteout", 0, 0)}},
+		{"FIFO", "", []entry{typed(tar.TypeFifo, "fifo", 0, 0)}},
+		{"entry of an unknown type", "tar entry of type 'V'", []entry{typed('V', "volume", 0, 0)}},
+		{"owner past 2^31", "", []entry{evil("x").owned(1<<31, 1<<32-1)}},
+		{"owner -1", "uid -1", []entry{{tar.Header{Typeflag: tar.TypeReg, Name: "uid", Uid: -1, Format: tar.FormatGNU}, "x"}}},
+		{"time before ext4's", "not between 1901-12-13 and 2446-05-10", []entry{evil("past").at(time.Unix(-1<<40, 0))}},
+		{"time after ext4's", "not between 1901-12-13 and 2446-05-10", []entry{evil("future").at(time.Unix(1<<40, 999999999))}},
+		{"xattr of overlayfs, trusted", "", []entry{evil("x").with("trusted.overlay.opaque", "y")}},
+		{"xattr of overlayfs, user", "", []entry{evil("x").with("user.overlay.metacopy", "")}},
+		{"capability that is none", "", []entry{evil("x").with("security.capability", "nonsense")}},
+		{"ACL that is none", "not a whole number of entries", []entry{evil("x").with("system.posix_acl_access", "nonsense")}},
+		{"xattr of 70,000 bytes", "xattrs of more than 65536 bytes", []entry{evil("x").with("user.large", strings.Repeat("x", 70_000))}},
+		{"one name of four types", "listed both as a directory", []entry{evil("x/y"), evil("x"), dir("x/", 0o755), symlink("x", "y")}},
+		{"file above the agent", "a parent is not a directory", []entry{evil("usr"), evil("usr/local/bin/banger-vsock-agent")}},
+		{"file for the agent's folder", "no place for a guest file", []entry{evil("usr/local")}},
+		{"/etc in a circle", "too many levels of symbolic links", []entry{symlink("etc", "etc")}},
+		{"units' folder out", "", []entry{symlink("etc/systemd/system", outside)}},
+		{"agent out", "", []entry{symlink("usr/local/bin/banger-vsock-agent", victim)}},
+		{"/root out", "", []entry{symlink("root", outside), symlink("root/.profile", victim)}},
+		{"lost+found out", "", []entry{symlink("lost+found", outside)}},
+		{"file in lost+found", "", []entry{evil("lost+found/x")}},
+		{"path of 4001 bytes", "", []entry{evil(strings.Repeat("d/", 2000) + "x")}},
+		{"path of 4201 bytes", "path longer than 4096 bytes", []entry{evil(strings.Repeat("d/", 2100) + "x")}},
+		{"name of 255 bytes", "", []entry{evil(strings.Repeat("n", 255))}},
+		{"name of 256 bytes", "name longer than 255 bytes", []entry{evil(strings.Repeat("n", 256))}},
+		{"target of 4095 bytes", "", []entry{symlink("long", strings.Repeat("t", 4095))}},
+		{"target of 4096 bytes", "longer than 4095 bytes", []entry{symlink("long", strings.Repeat("t", 4096))}},
+		{"symlink to nothing", "symlink to nothing", []entry{symlink("nothing", "")}},
 	}
-	for _, name := range []string{
-		"\n!touch " + victim + "2", "$(touch " + victim + "2)", "`touch " + victim + "2`", "\"'; touch x; '\"", "%s%n", "-rf", "\x1b]0;title\a", "\x1b[2J",
-		"\u202egnp.exe", "a\tb", "\xff\xfe", "\r", " ", "*", "~", "#", "|cat", "&&x", "C:\\x", ".", "./.", "dump <1> " + victim,
-	} {
-		list = append(list, []entry{evil(name)}, []entry{symlink("s", name)}, []entry{dir("etc/"+strings.ReplaceAll(name, "/", "_")+"/", 0o755)})
+	for i, name := range metanames(victim) {
+		want := ""
+		if name == "." || name == "./." {
+			want = "the root of an image must be a directory"
+		}
+		list = append(list,
+			atom{fmt.Sprintf("file %q", name), want, []entry{evil(name)}},
+			atom{fmt.Sprintf("symlink to %q", name), "", []entry{symlink(fmt.Sprint("s", i), name)}},
+			atom{fmt.Sprintf("directory %q", name), "", []entry{dir("etc/"+strings.ReplaceAll(name, "/", "_")+"/", 0o755)}})
 	}
 	return list
 }
 
-// hostileStream damages what a layer would be, or not.
-func hostileStream(r *rand.Rand, raw []byte) []byte {
-	switch r.IntN(8) {
+// metanames are names that mean something to a shell, a terminal, a format, a
+// flag parser or debugfs, and nothing to banger.
+func metanames(victim string) []string {
+	return []string{
+		"\n!touch " + victim + "2", "$(touch " + victim + "2)", "`touch " + victim + "2`", "\"'; touch x; '\"", "%s%n", "-rf", "\x1b]0;title\a", "\x1b[2J",
+		"\u202egnp.exe", "a\tb", "\xff\xfe", "\r", " ", "*", "~", "#", "|cat", "&&x", "C:\\x", ".", "./.", "dump <1> " + victim,
+	}
+}
+
+// hostileStream damages what a layer would be, or not, before it is stored or
+// after, and says how.
+func hostileStream(t *testing.T, r *rand.Rand, raw []byte) (s storedLayer, how string) {
+	kind := []string{"gzip", "zstd", ""}[r.IntN(3)]
+	store := func(raw []byte) storedLayer { return storeLayer(t, kind, raw) }
+	how = map[string]string{"gzip": "gzip, ", "zstd": "zstd, ", "": "no compression, "}[kind]
+	switch r.IntN(14) {
 	case 0:
-		return raw[:r.IntN(len(raw))]
+		return store(raw[:r.IntN(len(raw))]), how + "tar truncated"
 	case 1:
-		return append(slices.Clone(raw), make([]byte, r.IntN(5000))...)
+		return store(append(slices.Clone(raw), make([]byte, r.IntN(5000))...)), how + "zeros after the tar"
 	case 2:
-		return append(slices.Clone(raw), raw...)
+		return store(append(slices.Clone(raw), raw...)), how + "tar twice"
 	case 3:
 		raw = slices.Clone(raw)
 		raw[r.IntN(len(raw))] ^= 1 << r.IntN(8)
+		return store(raw), how + "a bit of the tar"
+	case 4:
+		s := store(raw)
+		s.data = s.data[:r.IntN(len(s.data))]
+		return s, how + "stream truncated"
+	case 5:
+		s := store(raw)
+		s.data = append(slices.Clone(s.data), "trailing"...)
+		return s, how + "bytes after the stream"
+	case 6:
+		s := store(raw)
+		s.data = append(slices.Clone(s.data), s.data...)
+		s.diffID = sum(append(slices.Clone(raw), raw...))
+		return s, how + "stream twice"
+	case 7:
+		s := store(raw)
+		s.data = slices.Clone(s.data)
+		s.data[r.IntN(len(s.data))] ^= 1 << r.IntN(8)
+		return s, how + "a bit of the stream"
 	}
-	return raw
+	return store(raw), how + "whole"
 }
 
 // snapshot is everything that can be told of a folder's files from outside, but
@@ -190,7 +237,7 @@ func TestHostileImages(t *testing.T) {
 	defer os.RemoveAll(dir)
 	run := func(env ...string) (string, error) {
 		cmd := exec.Command(os.Args[0], "-test.run=^TestHostileImages$", "-test.v")
-		cmd.Env = append(append(os.Environ(), hostileVar+"="+dir), env...)
+		cmd.Env = append(append(os.Environ(), hostileVar+"="+dir, "TMPDIR="+dir), env...)
 		out, err := cmd.CombinedOutput()
 		return string(out), err
 	}
@@ -199,7 +246,7 @@ func TestHostileImages(t *testing.T) {
 		t.Fatalf("%v\n%s", err, out)
 	}
 	for line := range strings.Lines(out) {
-		if strings.Contains(line, "IMAGE_SEED") || strings.Contains(line, "accepted") {
+		if strings.Contains(line, "IMAGE_SEED") || strings.Contains(line, "accepted") || strings.Contains(line, "taken") {
 			t.Log(strings.TrimSpace(line))
 		}
 	}
@@ -242,61 +289,123 @@ func readHostile(t *testing.T, dir string) {
 	all := atoms(outside)
 	before := snapshot(t, canary, state)
 	accepted := 0
+	counts := map[string]int{}
 	for i := range count + len(all) {
 		r := rand.New(rand.NewPCG(seed, uint64(i)))
-		var layers [][]byte
+		var layers []storedLayer
+		what := "mixed"
 		if i < len(all) { // each by itself first
-			layers = [][]byte{tarOf(t, all[i]...)}
+			what = all[i].name
+			layers = []storedLayer{storeLayer(t, "gzip", tarOf(t, all[i].entries...))}
+			counts["an atom alone"]++
 		} else {
 			for range 1 + r.IntN(3) {
 				var mixed []entry
 				for range 1 + r.IntN(6) {
-					mixed = append(mixed, all[r.IntN(len(all))]...)
+					mixed = append(mixed, all[r.IntN(len(all))].entries...)
 				}
 				if r.IntN(3) == 0 {
+					counts["layers in another order"]++
 					r.Shuffle(len(mixed), func(i, j int) { mixed[i], mixed[j] = mixed[j], mixed[i] })
 				}
-				layers = append(layers, hostileStream(r, tarOf(t, mixed...)))
+				s, how := hostileStream(t, r, tarOf(t, mixed...))
+				layers = append(layers, s)
+				counts["layer: "+how]++
 			}
+			counts[fmt.Sprint("mixed, layers: ", len(layers))]++
 		}
 		l := newLayout(t)
-		l.add("a", layers...)
+		l.addStored("a", layers...)
 		src, ref := l.reference("a")
 		src.Blobs = &blobs{Blobs: s.Blobs()}
 		ctx, cancel := context.WithTimeout(t.Context(), hostileLimit)
 		image, err := im.Pull(ctx, src, ref, PullOptions{Name: "x", Agent: agentFile(t)})
 		cancel()
+		if i < len(all) && (err == nil) != (all[i].want == "") || err != nil && i < len(all) && !strings.Contains(err.Error(), all[i].want) {
+			t.Errorf("%s: %v, want %q", what, err, all[i].want)
+		}
 		switch {
 		case ctx.Err() == context.DeadlineExceeded:
-			t.Fatalf("image %d: not done in %s", i, hostileLimit)
+			t.Fatalf("image %d (%s): not done in %s", i, what, hostileLimit)
 		case err == nil:
 			accepted++
 			if accepted%4 == 0 {
+				// All that can be done with an image, in the process that may
+				// start no program.
 				if v := verify(t, im, "x", agentFile(t)); v.Differences != nil {
-					t.Errorf("image %d: %q", i, v.Differences)
+					t.Errorf("image %d (%s): %q", i, what, v.Differences)
+				}
+				if err := useAll(t, im, s, image); err != nil {
+					t.Errorf("image %d (%s): %v", i, what, err)
 				}
 			}
 			if err := im.Remove(t.Context(), image.Name); err != nil {
 				t.Errorf("image %d: %v", i, err)
 			}
 		case !strings.HasPrefix(err.Error(), "image \""), strings.ContainsAny(err.Error(), "\x1b\a\n\r\u202e\xff"):
-			t.Errorf("image %d: the error %q", i, err)
+			t.Errorf("image %d (%s): the error %q", i, what, err)
 		}
 		nothing(t, s)
 		if after := snapshot(t, canary, state); !slices.Equal(before, after) {
-			t.Fatalf("image %d: around the store\n%s\nbecame\n%s", i, strings.Join(before, "\n"), strings.Join(after, "\n"))
+			t.Fatalf("image %d (%s): around the store\n%s\nbecame\n%s", i, what, strings.Join(before, "\n"), strings.Join(after, "\n"))
 		}
-		if t.Failed() {
+		if t.Failed() && i >= len(all) {
 			return
 		}
+	}
+	for _, what := range slices.Sorted(maps.Keys(counts)) {
+		t.Logf("accepted or not, %s: %d", what, counts[what])
 	}
 	t.Logf("%d of %d images accepted", accepted, count+len(all))
 	if accepted < 20 || accepted == count+len(all) {
 		t.Errorf("%d of %d images accepted", accepted, count+len(all))
 	}
+	if len(counts) < 20 && count >= 150 {
+		t.Errorf("only %d ways were tried", len(counts))
+	}
 	if _, err := im.Prune(t.Context()); err != nil {
 		t.Error(err)
 	}
+}
+
+// useAll tags, lists, finds, exports and tells the history of an image, and
+// reads what was exported again.
+func useAll(t *testing.T, im *Images, s *store.Store, image *Image) error {
+	ctx := t.Context()
+	if _, err := im.Tag(ctx, image.Name, "tagged"); err != nil {
+		return err
+	}
+	if list, err := im.List(); err != nil || len(list) != 2 {
+		return fmt.Errorf("list: %d, %w", len(list), err)
+	}
+	if err := im.Remove(ctx, "tagged"); err != nil {
+		return err
+	}
+	src := func() *oci.Source { return &oci.Source{Blobs: &blobs{Blobs: s.Blobs()}} }
+	steps, err := src().History(ctx, image.Name, *image.Digest)
+	if err != nil || len(steps) == 0 {
+		return fmt.Errorf("history: %d steps, %w", len(steps), err)
+	}
+	from := src()
+	stored, err := from.Stored(ctx, image.Name, *image.Digest)
+	if err != nil {
+		return err
+	}
+	path := filepath.Join(t.TempDir(), "export.tar")
+	f, err := os.Create(path)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	if err := from.Export(ctx, f, stored, image.Name); err != nil {
+		return err
+	}
+	again, ref := reference(t, "docker-archive:"+path, path)
+	got, err := again.Resolve(ctx, ref)
+	if err != nil || len(got.Layers) != len(stored.Layers) {
+		return fmt.Errorf("exported and read again: %w", err)
+	}
+	return nil
 }
 
 // The snapshot sees what it is there for.
