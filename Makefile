@@ -8,6 +8,7 @@ PROGRAMS := banger bangerd banger-vsock-agent
 # Host packages (Debian's names), each with its reason in the README.
 RUN_PACKAGES  := qemu-system-x86 mmdebstrap uidmap ca-certificates
 TEST_PACKAGES := $(RUN_PACKAGES) e2fsprogs xfsprogs btrfs-progs gcc libc6-dev docker-registry busybox-static zstd cpio kmod attr procps bsdutils iproute2 iputils-ping curl
+BENCH_PACKAGES := $(TEST_PACKAGES) passt
 
 .PHONY: build demo test check fuzz bench soak packages test-packages clean
 
@@ -28,7 +29,8 @@ check: ## what needs no guest: formatting, vet, import rules
 fuzz: ## every fuzz target, minutes each
 	./hack/fuzz 500000 ./...
 
-bench: test-packages build ## ours beside the rivals, in one run
+bench: build ## ours beside the rivals, in one run
+	@./hack/packages $(BENCH_PACKAGES)
 	./hack/bench
 
 soak: test-packages ## long counts of the random tests
