@@ -203,11 +203,8 @@ func (m *manager) logs(ctx context.Context, c *api.Call) (any, error) {
 	if err := c.Params(&p); err != nil {
 		return nil, err
 	}
-	e, err := m.find(p.Name)
+	e, err := m.sound(p.Name)
 	if err != nil {
-		return nil, err
-	}
-	if err := e.check(); err != nil {
 		return nil, err
 	}
 	name := store.VMOutput

@@ -74,11 +74,8 @@ func (m *manager) netLog(ctx context.Context, c *api.Call) (any, error) {
 	if err := c.Params(&p); err != nil {
 		return nil, err
 	}
-	e, err := m.find(p.Name)
+	e, err := m.sound(p.Name)
 	if err != nil {
-		return nil, err
-	}
-	if err := e.check(); err != nil {
 		return nil, err
 	}
 	if e.rec.Net == 0 {

@@ -293,11 +293,8 @@ func (m *manager) portList(ctx context.Context, c *api.Call) (any, error) {
 	if err := c.Params(&p); err != nil {
 		return nil, err
 	}
-	e, err := m.find(p.Name)
+	e, err := m.sound(p.Name)
 	if err != nil {
-		return nil, err
-	}
-	if err := e.check(); err != nil {
 		return nil, err
 	}
 	if life, rested := m.look(e); rested != nil && life.VMM != nil {

@@ -389,6 +389,15 @@ func (m *manager) find(text string) (*entry, error) {
 	return found, nil
 }
 
+// sound is find for what needs a VM that can be worked with.
+func (m *manager) sound(text string) (*entry, error) {
+	e, err := m.find(text)
+	if err == nil {
+		err = e.check()
+	}
+	return e, err
+}
+
 // check refuses what cannot be worked with.
 func (e *entry) check() error {
 	e.mu.Lock()
