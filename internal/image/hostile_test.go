@@ -24,7 +24,7 @@ import (
 	"banger/internal/store"
 )
 
-// hostileVar makes TestHostileImages the process that reads hostile images.
+// hostileVar, a folder, makes a test the process that reads hostile images.
 const hostileVar = "BANGER_TEST_HOSTILE"
 
 // hostileLimit is how long one image may take.
@@ -222,11 +222,20 @@ func snapshot(t *testing.T, dir, skip string) (lines []string) {
 	return lines
 }
 
-// TestHostileImages pulls images of attacks, mixed at random, in a process that
-// may start no program, and looks at what is around the store.
-func TestHostileImages(t *testing.T) {
+// guarded runs do in a process that may start no program, and then looks at
+// whether that is so.
+func guarded(t *testing.T, do func()) {
+	t.Helper()
+	const exec0 = "start a program"
 	if dir := os.Getenv(hostileVar); dir != "" {
-		readHostile(t, dir)
+		if err := forbidExec(); err != nil {
+			t.Fatal(err)
+		}
+		if dir == exec0 {
+			_ = exec.Command("/bin/true").Run()
+			return
+		}
+		do()
 		return
 	}
 	// In memory where that is possible: hundreds of images are made durable.
@@ -235,13 +244,16 @@ func TestHostileImages(t *testing.T) {
 		dir = t.TempDir()
 	}
 	defer os.RemoveAll(dir)
-	run := func(env ...string) (string, error) {
-		cmd := exec.Command(os.Args[0], "-test.run=^TestHostileImages$", "-test.v")
-		cmd.Env = append(append(os.Environ(), hostileVar+"="+dir, "TMPDIR="+dir), env...)
+	run := func(dir string) (string, error) {
+		cmd := exec.Command(os.Args[0], "-test.run=^"+t.Name()+"$", "-test.v")
+		cmd.Env = append(os.Environ(), hostileVar+"="+dir)
+		if filepath.IsAbs(dir) {
+			cmd.Env = append(cmd.Env, "TMPDIR="+dir)
+		}
 		out, err := cmd.CombinedOutput()
 		return string(out), err
 	}
-	out, err := run()
+	out, err := run(dir)
 	if err != nil {
 		t.Fatalf("%v\n%s", err, out)
 	}
@@ -251,19 +263,18 @@ func TestHostileImages(t *testing.T) {
 		}
 	}
 	// The guard is one: a program that is started ends the process.
-	if out, err := run(hostileVar + "_EXEC=1"); err == nil || !strings.Contains(err.Error(), "bad system call") {
+	if out, err := run(exec0); err == nil || !strings.Contains(err.Error(), "bad system call") {
 		t.Errorf("a process that starts a program: %v\n%s", err, out)
 	}
 }
 
+// TestHostileImages pulls images of attacks, mixed at random, in a process that
+// may start no program, and looks at what is around the store.
+func TestHostileImages(t *testing.T) {
+	guarded(t, func() { readHostile(t, os.Getenv(hostileVar)) })
+}
+
 func readHostile(t *testing.T, dir string) {
-	if err := forbidExec(); err != nil {
-		t.Fatal(err)
-	}
-	if os.Getenv(hostileVar+"_EXEC") != "" {
-		_ = exec.Command("/bin/true").Run()
-		return
-	}
 	count := 150
 	if s := os.Getenv("IMAGE_HOSTILE"); s != "" {
 		count, _ = strconv.Atoi(s)
