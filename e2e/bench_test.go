@@ -127,7 +127,7 @@ func compareBuild(t *testing.T) {
 		tarball := filepath.Join(cache, image.name+".tar")
 		if _, err := os.Stat(tarball); err != nil {
 			partial := filepath.Join(cache, image.name+".partial.tar")
-			must(t, "mmdebstrap", "--quiet", "--mode=unshare", "--variant=minbase", "--include="+image.packages, "bookworm", partial)
+			run(t, "mmdebstrap", "--quiet", "--mode=unshare", "--variant=minbase", "--include="+image.packages, "bookworm", partial)
 			if err := os.Rename(partial, tarball); err != nil {
 				t.Fatal(err)
 			}
@@ -150,7 +150,7 @@ func buildUnpack(t *testing.T, cache string) string {
 	if _, err := os.Stat(program); err == nil {
 		return program
 	}
-	version := strings.TrimSpace(must(t, "go", "list", "-m", "-f", "{{.Version}}", "github.com/klauspost/compress"))
+	version := strings.TrimSpace(run(t, "go", "list", "-m", "-f", "{{.Version}}", "github.com/klauspost/compress"))
 	dir := t.TempDir()
 	for name, text := range map[string]string{"go.mod": "module unpack\n\ngo 1.26\n", "main.go": string(source)} {
 		if err := os.WriteFile(filepath.Join(dir, name), []byte(text), 0o600); err != nil {
@@ -162,7 +162,7 @@ func buildUnpack(t *testing.T, cache string) string {
 		{"get", "github.com/klauspost/compress@" + version},
 		{"build", "-o", program, "."},
 	} {
-		must(t, append([]string{"env", "-C", dir, "go"}, args...)...)
+		run(t, append([]string{"env", "-C", dir, "go"}, args...)...)
 	}
 	return program
 }

@@ -100,7 +100,7 @@ func setUp(dir string) error {
 		return fmt.Errorf("kernel pull: %w\n%s", err, out)
 	}
 
-	if world.registry, err = startRegistry(dir); err != nil {
+	if world.registry, err = startRegistry(dir, false); err != nil {
 		return err
 	}
 	below, above, err := busyboxLayers()

@@ -12,6 +12,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strings"
 	"syscall"
 	"time"
 
@@ -60,7 +61,8 @@ func layerOf(entries ...entry) ([]byte, error) {
 			return nil, err
 		}
 	}
-	return buf.Bytes(), tw.Close()
+	err := tw.Close()
+	return buf.Bytes(), err
 }
 
 // compress names how a layer travels.
@@ -72,8 +74,22 @@ const (
 	zst   compression = "zstd"
 )
 
+var mediaOf = map[compression]types.MediaType{plain: types.OCIUncompressedLayer, gz: types.OCILayer, zst: types.OCILayerZStd}
+
 // imageOf makes an image of uncompressed layers.
 func imageOf(c compression, config v1.Config, layers ...[]byte) (v1.Image, error) {
+	var all []v1.Layer
+	for _, data := range layers {
+		l, err := packed(c, data)
+		if err != nil {
+			return nil, err
+		}
+		all = append(all, l)
+	}
+	return imageOfLayers(config, all...)
+}
+
+func imageOfLayers(config v1.Config, layers ...v1.Layer) (v1.Image, error) {
 	img := mutate.MediaType(empty.Image, types.OCIManifestSchema1)
 	img = mutate.ConfigMediaType(img, types.OCIConfigJSON)
 	cf, err := img.ConfigFile()
@@ -85,11 +101,7 @@ func imageOf(c compression, config v1.Config, layers ...[]byte) (v1.Image, error
 	if img, err = mutate.ConfigFile(img, cf); err != nil {
 		return nil, err
 	}
-	for _, data := range layers {
-		l, err := packed(c, data)
-		if err != nil {
-			return nil, err
-		}
+	for _, l := range layers {
 		if img, err = mutate.AppendLayers(img, l); err != nil {
 			return nil, err
 		}
@@ -97,22 +109,22 @@ func imageOf(c compression, config v1.Config, layers ...[]byte) (v1.Image, error
 	return img, nil
 }
 
-func packed(c compression, data []byte) (v1.Layer, error) {
-	l := &layer{plain: data, media: types.OCIUncompressedLayer, raw: data}
+func packed(c compression, data []byte) (*layer, error) {
+	l := &layer{plain: data, media: mediaOf[c], raw: data}
 	var out bytes.Buffer
 	switch c {
 	case gz:
 		w := gzip.NewWriter(&out)
 		w.Write(data)
 		w.Close()
-		l.media, l.raw = types.OCILayer, out.Bytes()
+		l.raw = out.Bytes()
 	case zst:
 		cmd := exec.Command("zstd", "-q", "-c")
 		cmd.Stdin, cmd.Stdout, cmd.Stderr = bytes.NewReader(data), &out, os.Stderr
 		if err := cmd.Run(); err != nil {
 			return nil, fmt.Errorf("zstd: %w", err)
 		}
-		l.media, l.raw = types.OCILayerZStd, out.Bytes()
+		l.raw = out.Bytes()
 	}
 	return l, nil
 }
@@ -182,26 +194,19 @@ type registry struct {
 	cmd  *exec.Cmd
 }
 
-func startRegistry(dir string) (*registry, error) {
+// startRegistry starts one with its files below dir, or with what is there
+// already and cannot be changed.
+func startRegistry(dir string, readOnly bool) (*registry, error) {
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		return nil, err
 	}
 	addr := l.Addr().String()
 	l.Close()
-	config := filepath.Join(dir, "registry.yml")
-	text := fmt.Sprintf("version: 0.1\nlog:\n  level: error\n  accesslog:\n    disabled: true\nstorage:\n  filesystem:\n    rootdirectory: %s\nhttp:\n  addr: %s\n",
-		filepath.Join(dir, "registry"), addr)
-	if err := os.WriteFile(config, []byte(text), 0o600); err != nil {
-		return nil, err
-	}
-	log, err := os.Create(filepath.Join(dir, "registry.log"))
-	if err != nil {
-		return nil, err
-	}
-	defer log.Close()
-	cmd := exec.Command("docker-registry", "serve", config)
-	cmd.Stdout, cmd.Stderr = log, log
+	text := fmt.Sprintf("version: 0.1\nlog:\n  level: error\n  accesslog:\n    disabled: true\nstorage:\n  filesystem:\n    rootdirectory: %s\n  maintenance:\n    readonly:\n      enabled: %v\nhttp:\n  addr: %s\n",
+		filepath.Join(dir, "registry"), readOnly, addr)
+	cmd := exec.Command("docker-registry", "serve", "/dev/stdin")
+	cmd.Stdin = strings.NewReader(text)
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	if err := cmd.Start(); err != nil {
 		return nil, err

@@ -120,7 +120,7 @@ func setUpInside(t testing.TB) (inside, *far) {
 		"ip addr add 203.0.113.2/24 dev wan",
 		"ip addr add 2001:db8:113::2/64 dev wan nodad",
 	} {
-		must(t, strings.Fields(line)...)
+		run(t, strings.Fields(line)...)
 	}
 	for _, line := range []string{
 		"ip link set lo up", "ip link set far up",
@@ -129,10 +129,10 @@ func setUpInside(t testing.TB) (inside, *far) {
 		"ip addr add 2001:db8:113::1/64 dev far nodad",
 		"ip addr add " + farAddr6 + "/128 dev lo nodad",
 	} {
-		must(t, f.args(strings.Fields(line)...)...)
+		run(t, f.args(strings.Fields(line)...)...)
 	}
-	must(t, "ip", "route", "add", "default", "via", "203.0.113.1")
-	must(t, "ip", "-6", "route", "add", "default", "via", "2001:db8:113::1")
+	run(t, "ip", "route", "add", "default", "via", "203.0.113.1")
+	run(t, "ip", "-6", "route", "add", "default", "via", "2001:db8:113::1")
 	// As distributions have it: everybody may ping.
 	if err := os.WriteFile("/proc/sys/net/ipv4/ping_group_range", []byte("0 2147483647"), 0); err != nil {
 		t.Fatal(err)
@@ -180,8 +180,8 @@ func background(t testing.TB, word string, args ...string) *output {
 	return out
 }
 
-// must runs a program and returns what it printed.
-func must(t testing.TB, args ...string) string {
+// run runs a program and returns what it printed.
+func run(t testing.TB, args ...string) string {
 	t.Helper()
 	out, err := try(t, args...)
 	if err != nil {

@@ -195,7 +195,7 @@ func TestCompareNetworkInside(t *testing.T) {
 					if r.server == "" {
 						text = g.output(append([]string{"/prog", "net"}, r.args...)...)
 					} else {
-						text = must(t, append([]string{in.Prog, "net"}, r.args...)...)
+						text = run(t, append([]string{in.Prog, "net"}, r.args...)...)
 					}
 					figures[i][c.name] = append(figures[i][c.name], r.value(text))
 				}

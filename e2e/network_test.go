@@ -54,7 +54,7 @@ func TestNetwork(t *testing.T) {
 	t.Cleanup(end)
 	os.Setenv("BANGER_HOME", home)
 	defer os.Unsetenv("BANGER_HOME")
-	must(t, filepath.Join(world.bin, "banger"), "image", "pull", "--name", "network", world.registry.addr+"/network:latest")
+	run(t, filepath.Join(world.bin, "banger"), "image", "pull", "--name", "network", world.registry.addr+"/network:latest")
 	end() // a daemon from out here would have its network out here
 	runInside(t, "TestNetworkInside", inside{Home: home})
 }
@@ -96,7 +96,7 @@ func TestNetworkInside(t *testing.T) {
 	in, far := setUpInside(t)
 	banger := func(args ...string) string {
 		t.Helper()
-		return must(t, append([]string{filepath.Join(in.Bin, "banger")}, args...)...)
+		return run(t, append([]string{filepath.Join(in.Bin, "banger")}, args...)...)
 	}
 	www := t.TempDir()
 	if err := os.WriteFile(filepath.Join(www, "index.html"), []byte("from far\n"), 0o644); err != nil {
@@ -119,7 +119,7 @@ func TestNetworkInside(t *testing.T) {
 			t.Errorf("out: %q", out)
 		}
 		guest("one", "sh", "-c", "mkdir -p /srv; echo from one > /srv/index.html; busybox httpd -p 80 -h /srv")
-		if out := must(t, "curl", "-sS", "--max-time", "20", "http://127.0.0.1:8081/"); out != "from one\n" {
+		if out := run(t, "curl", "-sS", "--max-time", "20", "http://127.0.0.1:8081/"); out != "from one\n" {
 			t.Errorf("in: %q", out)
 		}
 		if out, err := try(t, filepath.Join(in.Bin, "banger"), "exec", "two", "--", "curl", "-sS", "--max-time", "20", "http://"+farName+"/"); err == nil {
@@ -159,7 +159,7 @@ func TestNetworkInside(t *testing.T) {
 		client       func(args ...string) string
 	}{
 		{"out", farNet, 3000, 2000, func(args ...string) string { return guest("one", append([]string{"/prog", "net"}, args...)...) }},
-		{"in", "127.0.0.1:7001", 1000, 1000, func(args ...string) string { return must(t, append([]string{in.Prog, "net"}, args...)...) }},
+		{"in", "127.0.0.1:7001", 1000, 1000, func(args ...string) string { return run(t, append([]string{in.Prog, "net"}, args...)...) }},
 		{"between", "one.banger:7000", 500, 200, func(args ...string) string { return guest("two", append([]string{"/prog", "net"}, args...)...) }},
 	}
 	for _, w := range ways {
