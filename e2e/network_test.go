@@ -39,23 +39,12 @@ func TestNetwork(t *testing.T) {
 	if err := world.registry.push("network:latest", img); err != nil {
 		t.Fatal(err)
 	}
-	home := t.TempDir()
-	if err := os.Symlink(world.kernels, filepath.Join(home, "kernels")); err != nil {
-		t.Fatal(err)
+	home := newStore(t)
+	banger(t, home, "image", "pull", "--name", "network", world.registry.addr+"/network:latest")
+	// A daemon from out here would have its network out here.
+	for _, p := range processesOf(home) {
+		syscall.Kill(p.pid, syscall.SIGKILL)
 	}
-	if err := os.Chmod(home, 0o700); err != nil {
-		t.Fatal(err)
-	}
-	end := func() {
-		for _, p := range processesOf(home) {
-			syscall.Kill(p.pid, syscall.SIGKILL)
-		}
-	}
-	t.Cleanup(end)
-	os.Setenv("BANGER_HOME", home)
-	defer os.Unsetenv("BANGER_HOME")
-	run(t, filepath.Join(world.bin, "banger"), "image", "pull", "--name", "network", world.registry.addr+"/network:latest")
-	end() // a daemon from out here would have its network out here
 	runInside(t, "TestNetworkInside", inside{Home: home})
 }
 
