@@ -13,6 +13,10 @@ import (
 // (systemd.unit(5)). `systemctl unmask UNIT` in a guest brings one back there.
 //
 // An image that is not trimmed starts all that its author made it start.
+//
+// A trimmed base is for microVMs. Something else that boots it finds the agent
+// and the network, whose modules the guest files name, and no login on a console
+// and no driver for other hardware.
 
 // needless are the units that trimming masks.
 var needless = []string{
