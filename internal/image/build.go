@@ -29,7 +29,7 @@ const label = "banger-base"
 
 // builder is part of every image's identity: a base made by other rules is
 // another base.
-const builder = "banger base image, version 2"
+const builder = "banger base image, version 3"
 
 // The size of a base: its content and a quarter, so that a file system that is
 // mounted read-only here can also be used, and grown, elsewhere.
