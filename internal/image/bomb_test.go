@@ -409,7 +409,7 @@ func TestBombs(t *testing.T) {
 	only := os.Getenv("IMAGE_BOMB")
 	refused, taken, worst := 0, 0, 0
 	for _, b := range bombs {
-		if b.soak && os.Getenv("IMAGE_FAULTS") == "" || only != "" && !strings.Contains(b.name, only) {
+		if b.soak && os.Getenv("IMAGE_SOAK") == "" || only != "" && !strings.Contains(b.name, only) {
 			continue
 		}
 		dir, err := os.MkdirTemp("/dev/shm", "banger-bomb-")

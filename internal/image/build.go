@@ -138,8 +138,8 @@ func paramsOf(identity [32]byte, label string) ext4.Params {
 	return p
 }
 
-// addTree gives the merged tree to the writer and uses it up. Nodes and inodes are in step:
-// a node found under two paths is one inode with two links.
+// addTree gives the merged tree to the writer and uses it up. Nodes and inodes
+// are in step: a node found under two paths is one inode with two links.
 func addTree(ctx context.Context, w *ext4.Writer, tree *oci.Tree[*ext4.Content], b *Built) error {
 	linked := make(map[*oci.Node[*ext4.Content]]*ext4.Inode)
 	return tree.Drain(func(path string, n *oci.Node[*ext4.Content]) error {

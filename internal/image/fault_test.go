@@ -385,7 +385,7 @@ func TestFaults(t *testing.T) {
 		}
 		return
 	}
-	soak := os.Getenv("IMAGE_FAULTS") != ""
+	soak := os.Getenv("IMAGE_SOAK") != ""
 	seed := uint64(time.Now().UnixNano())
 	if s := os.Getenv("IMAGE_SEED"); s != "" {
 		seed, _ = strconv.ParseUint(s, 10, 64)

@@ -306,8 +306,10 @@ func TestPullAtOnce(t *testing.T) {
 // nothing requires that a failed pull left no trace but whole blobs.
 func nothing(t *testing.T, s *store.Store) {
 	t.Helper()
-	if left := inside(t, s, "tmp"); left != nil {
-		t.Errorf("tmp/ has %q", left)
+	for _, dir := range []string{"tmp", "trash", "blobs/partial"} {
+		if left := inside(t, s, dir); left != nil {
+			t.Errorf("%s/ has %q", dir, left)
+		}
 	}
 	for _, name := range inside(t, s, "images") {
 		if name != "names.json" {

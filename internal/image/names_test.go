@@ -29,7 +29,7 @@ var metaalphabet = []string{
 // that may start no program: each comes out as it went in.
 func TestMetanames(t *testing.T) {
 	count := 2000
-	if os.Getenv("IMAGE_FAULTS") != "" {
+	if os.Getenv("IMAGE_SOAK") != "" {
 		count = 100_000
 	}
 	guarded(t, func() {

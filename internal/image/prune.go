@@ -42,7 +42,8 @@ type Pruned struct {
 }
 
 // Prune removes every base that has no name and that no VM has, every blob
-// that no base was made from, and what came of blobs whose pull did not end. What it cannot tell, it keeps.
+// that no base was made from, and what came of blobs whose pull did not end.
+// What it cannot tell, it keeps.
 func (im *Images) Prune(ctx context.Context) (p Pruned, err error) {
 	unlock, err := im.s.Lock(ctx, "build")
 	if err != nil {

@@ -66,7 +66,7 @@ type pipeline struct {
 	free     chan []byte
 	raw      chan chunk
 	hashed   chan chunk
-	rejected atomic.Int32 // number (from 1) of the blob whose tar is bad: only its digest is still of interest
+	rejected atomic.Int32 // number (from 1) of the blob whose tar is bad: only its digest is still of interest, and no later blob is
 	resumed  atomic.Int32 // number (from 1) of the last blob that began with what came before
 
 	total, fetched int64 // compressed bytes
@@ -128,13 +128,16 @@ func squashLayers[C any](ctx context.Context, b *builder[C], blobs []blob, p *pr
 			return err
 		}
 		if !ended && bl.diffID == "" {
-			return fmt.Errorf("%s: %w", bl.label, errCutShort)
+			err = errCutShort
+		} else {
+			err = b.end()
+		}
+		if err != nil {
+			pl.rejected.Store(int32(i + 1))
+			return fmt.Errorf("%s: %w", bl.label, err)
 		}
 		if trailing > 0 {
 			b.notes[bl.label+": bytes after the end of its tar left out"] += int(trailing)
-		}
-		if err := b.end(); err != nil {
-			return fmt.Errorf("%s: %w", bl.label, err)
 		}
 		if bl.inputSum != nil && bl.filter != nil {
 			*bl.inputSum = digestOf(kept)
