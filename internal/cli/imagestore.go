@@ -132,8 +132,8 @@ func imageExportCommand() *cobra.Command {
 		Use:   "export IMAGE -o FILE",
 		Short: "Write an image's layers to a tar",
 		Long: `Write an image as it was pulled, layers and all, to one tar: an OCI image
-layout that "docker load" takes too. Guest files are not in it. -o - is standard
-output.
+layout that "docker load" takes too. One that was not made of layers is written
+as one layer. Guest files are not in it. -o - is standard output.
 
 EXAMPLE
   banger image export debian -o debian.tar

@@ -177,22 +177,22 @@ func (d *daemon) imageExport(ctx context.Context, c *api.Call) (any, error) {
 	if err != nil {
 		return nil, err
 	}
-	if im.Digest == nil {
-		return nil, banger.Errorf(banger.CodeUnavailable, "image %q: it was not made of layers, so there are none to export", im.Name).
-			WithHint("its base image is an ordinary ext4 file: %s", im.Rootfs)
-	}
 	release, err := r.images.Hold(im)
 	if err != nil {
 		return nil, err
 	}
 	defer release()
-	src := r.stored(c)
-	src.Platform = im.Platform
-	img, err := src.Stored(ctx, im.Name, *im.Digest)
-	if err != nil {
-		return nil, err
+	if im.Digest == nil {
+		err = r.images.ExportBase(ctx, im, out)
+	} else {
+		src := r.stored(c)
+		src.Platform = im.Platform
+		var img *oci.Image
+		if img, err = src.Stored(ctx, im.Name, *im.Digest); err == nil {
+			err = src.Export(ctx, out, img, im.Name)
+		}
 	}
-	if err := src.Export(ctx, out, img, im.Name); err != nil {
+	if err != nil {
 		return nil, err
 	}
 	if err := out.Sync(); err != nil && !errors.Is(err, syscall.EINVAL) && !errors.Is(err, syscall.ENOTSUP) { // a pipe has none
