@@ -175,7 +175,7 @@ func TestStoreKilled(t *testing.T) {
 	states := map[int]bool{}
 	for i := range rounds {
 		cmd := exec.Command(os.Args[0], "-test.run=^TestStoreKilled$")
-		cmd.Env = append(os.Environ(), crashVar+"="+root, crashLayout+"="+l.dir)
+		cmd.Env = append(os.Environ(), "TMPDIR="+t.TempDir(), crashVar+"="+root, crashLayout+"="+l.dir)
 		cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 		var out strings.Builder
 		cmd.Stdout, cmd.Stderr = &out, &out

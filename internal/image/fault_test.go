@@ -497,7 +497,7 @@ func TestFaults(t *testing.T) {
 
 			run := func(root string, judge func(operation) verdict) string {
 				cmd := exec.Command(os.Args[0], "-test.run=^TestFaults$")
-				cmd.Env = append(os.Environ(), changeVar+"="+c.name, rootVar+"="+root, inputsVar+"="+inputs)
+				cmd.Env = append(os.Environ(), "TMPDIR="+t.TempDir(), changeVar+"="+c.name, rootVar+"="+root, inputsVar+"="+inputs)
 				return watch(t, cmd, root, judge)
 			}
 

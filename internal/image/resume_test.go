@@ -169,7 +169,7 @@ func TestPullResumes(t *testing.T) {
 				}
 			} else {
 				cmd := exec.Command(os.Args[0], "-test.run=^TestPullResumes$")
-				cmd.Env = append(os.Environ(), rootVar+"="+root, urlVar+"="+s.URL)
+				cmd.Env = append(os.Environ(), rootVar+"="+root, "TMPDIR="+t.TempDir(), urlVar+"="+s.URL)
 				if err := cmd.Start(); err != nil {
 					t.Fatal(err)
 				}
