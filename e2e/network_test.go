@@ -188,7 +188,7 @@ func TestNetworkInside(t *testing.T) {
 
 	// A VM goes and comes while its peer keeps talking.
 	t.Run("restart", func(t *testing.T) {
-		const seconds = 30
+		const seconds = 20
 		talk := background(t, "", filepath.Join(in.Bin, "banger"), "exec", "two", "--", "/prog", "net", "talk", "one.banger:7000", fmt.Sprint(seconds))
 		time.Sleep(2 * time.Second)
 		banger("restart", "one")
