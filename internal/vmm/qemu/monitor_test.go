@@ -47,6 +47,30 @@ func answer(conn net.Conn, r *bufio.Reader, text string) {
 	fmt.Fprintf(conn, strings.ReplaceAll(text, "ID", "%[1]d"), c.ID)
 }
 
+// A greeting that has come before anybody waits for it is not lost.
+func TestMonitorGreetedEarly(t *testing.T) {
+	m := testMonitor(t, func(qmpEvent) {}, func(c net.Conn, r *bufio.Reader) {
+		io.WriteString(c, greeting)
+		answer(c, r, `{"return": {}, "id": ID}`+"\n")
+	})
+	for end := time.Now().Add(5 * time.Second); ; time.Sleep(time.Millisecond) {
+		m.mu.Lock()
+		waits := len(m.wait)
+		m.mu.Unlock()
+		if waits == 0 {
+			break
+		}
+		if time.Now().After(end) {
+			t.Fatal("no greeting")
+		}
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second)
+	defer cancel()
+	if err := m.negotiate(ctx); err != nil || m.version != "7.2.22" {
+		t.Errorf("version %q, %v", m.version, err)
+	}
+}
+
 func TestMonitor(t *testing.T) {
 	events := make(chan qmpEvent, 1)
 	m := testMonitor(t, func(e qmpEvent) { events <- e }, func(c net.Conn, r *bufio.Reader) {

@@ -30,8 +30,9 @@ type monitor struct {
 	onEvent func(qmpEvent) // called by the reader; must not wait for a command
 	version string         // from the greeting
 
-	send  chan struct{} // one token: who holds it writes
-	ended chan struct{} // closed when the reader has ended
+	greeting chan qmpMessage // has room for it: it may come before anybody waits
+	send     chan struct{}   // one token: who holds it writes
+	ended    chan struct{}   // closed when the reader has ended
 
 	mu     sync.Mutex
 	nextID uint64
@@ -68,10 +69,10 @@ func newMonitor(conn net.Conn, onEvent func(qmpEvent)) *monitor {
 	m := &monitor{
 		conn: conn, onEvent: onEvent,
 		send: make(chan struct{}, 1), ended: make(chan struct{}),
-		wait: make(map[uint64]chan qmpMessage),
+		greeting: make(chan qmpMessage, 1),
 	}
 	// The greeting counts as the answer to command 0.
-	m.wait[0] = make(chan qmpMessage, 1)
+	m.wait = map[uint64]chan qmpMessage{0: m.greeting}
 	return m
 }
 
@@ -119,10 +120,7 @@ func (m *monitor) answer(id uint64, msg qmpMessage) {
 func (m *monitor) negotiate(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, qmpTimeout)
 	defer cancel()
-	m.mu.Lock()
-	ch := m.wait[0]
-	m.mu.Unlock()
-	msg, err := m.await(ctx, 0, ch)
+	msg, err := m.await(ctx, 0, m.greeting)
 	if err != nil {
 		return fmt.Errorf("qmp greeting: %w", err)
 	}
