@@ -12,6 +12,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"syscall"
@@ -39,7 +40,13 @@ func TestCompare(t *testing.T) {
 	t.Run("network", compareNetwork)
 }
 
-const benchRounds = 5
+// benchRounds is how often each contender runs; BANGER_BENCH_ROUNDS changes it.
+var benchRounds = func() int {
+	if n, err := strconv.Atoi(os.Getenv("BANGER_BENCH_ROUNDS")); err == nil && n > 0 {
+		return n
+	}
+	return 5
+}()
 
 // cost is what one run of a command took, children included.
 type cost struct{ wall, cpu time.Duration }
@@ -133,7 +140,7 @@ func compareBuild(t *testing.T) {
 			}
 		}
 		for _, c := range []compression{gz, zst} {
-			compareBuildOf(t, unpack, image.name, tarball, c)
+			t.Run(image.name+"-"+string(c), func(t *testing.T) { compareBuildOf(t, unpack, image.name, tarball, c) })
 		}
 	}
 }
