@@ -195,7 +195,14 @@ func TestCompareNetworkInside(t *testing.T) {
 					if r.server == "" {
 						text = g.output(append([]string{"/prog", "net"}, r.args...)...)
 					} else {
-						text = run(t, append([]string{in.Prog, "net"}, r.args...)...)
+						var err error
+						if text, err = try(t, append([]string{in.Prog, "net"}, r.args...)...); err != nil {
+							if c.name == all[0].name {
+								t.Fatalf("%s: %v\n%s", r.name, err, text)
+							}
+							t.Logf("%s: %v: %s", r.name, err, text) // QEMU's resets some of many at once
+							continue
+						}
 					}
 					figures[i][c.name] = append(figures[i][c.name], r.value(text))
 				}
