@@ -161,9 +161,17 @@ func TestPullResumes(t *testing.T) {
 			root := filepath.Join(t.TempDir(), "state")
 			im, st := openStore(t, root)
 			im.baseBytes = smallBytes
+			partial := filepath.Join(root, "blobs/partial", strings.TrimPrefix(s.layer, "sha256:"))
+			written := func() { // what was sent has come to the file, most of it
+				for end := time.Now().Add(10 * time.Second); time.Now().Before(end); time.Sleep(time.Millisecond) {
+					if st, err := os.Stat(partial); err == nil && st.Size() >= half/2 {
+						return
+					}
+				}
+			}
 			if row.cancel {
 				ctx, cancel := context.WithCancel(t.Context())
-				go func() { <-s.stuck; time.Sleep(50 * time.Millisecond); cancel() }()
+				go func() { <-s.stuck; written(); cancel() }()
 				if _, err := s.pull(ctx, im, agentFile(t), "a"); err == nil {
 					t.Fatal("it worked")
 				}
@@ -174,13 +182,12 @@ func TestPullResumes(t *testing.T) {
 					t.Fatal(err)
 				}
 				<-s.stuck
-				time.Sleep(50 * time.Millisecond) // for it to be written
+				written()
 				if err := cmd.Process.Kill(); err != nil {
 					t.Fatal(err)
 				}
 				cmd.Wait()
 			}
-			partial := filepath.Join(root, "blobs/partial", strings.TrimPrefix(s.layer, "sha256:"))
 			data, err := os.ReadFile(partial)
 			if err != nil || len(data) < half/2 || len(data) > half {
 				t.Fatalf("%d bytes of it are there, %v", len(data), err)

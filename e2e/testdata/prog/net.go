@@ -431,7 +431,9 @@ func netTalk(addr string, seconds int) (any, error) {
 			if binary.BigEndian.Uint32(b) != n {
 				wrong++
 			}
-			exchanged++
+			if exchanged++; exchanged == 1 {
+				fmt.Fprintln(os.Stderr, "talking")
+			}
 			longest = max(longest, time.Since(last))
 			last = time.Now()
 			time.Sleep(20 * time.Millisecond)
