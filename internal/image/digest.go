@@ -19,9 +19,9 @@ import (
 // The digest of a base is that of its content, and no more work than that is:
 // a base of 1 GiB holds a third of it, a registered one may hold a thousandth.
 //
-//	blocks-sha256:  SHA-256 of every block that is not all zeros, one after the
-//	                other, then of their numbers and of the file's size, 8 bytes
-//	                little-endian each
+//	blocks-sha256:  SHA-256 of two others: that of every block that is not all
+//	                zeros, one after the other, and that of their numbers and of
+//	                the file's size, 8 bytes little-endian each
 //	sha256:         SHA-256 of the whole file; what records had first
 const (
 	blocksDigest     = "blocks-sha256:"
@@ -39,8 +39,7 @@ func digestOf(ctx context.Context, f *os.File) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	h := sha256.New()
-	var tail []byte // the numbers
+	blocks, numbers := sha256.New(), sha256.New()
 	buf := make([]byte, digestChunkBytes)
 	err = eachData(f, st.Size(), func(from, to int64) error {
 		for at := from; at < to; {
@@ -51,7 +50,7 @@ func digestOf(ctx context.Context, f *os.File) (string, error) {
 			if _, err := f.ReadAt(buf[:n], at); err != nil {
 				return fmt.Errorf("%s: at %d: %w", f.Name(), at, err)
 			}
-			tail = hashBlocks(h, tail, buf[:n], at/digestBlockBytes)
+			hashBlocks(blocks, numbers, buf[:n], at/digestBlockBytes)
 			at += n
 		}
 		return nil
@@ -59,17 +58,19 @@ func digestOf(ctx context.Context, f *os.File) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	h.Write(binary.LittleEndian.AppendUint64(tail, uint64(st.Size())))
-	return blocksDigest + hex.EncodeToString(h.Sum(nil)), nil
+	numbers.Write(binary.LittleEndian.AppendUint64(nil, uint64(st.Size())))
+	sum := sha256.Sum256(numbers.Sum(blocks.Sum(nil)))
+	return blocksDigest + hex.EncodeToString(sum[:]), nil
 }
 
-// hashBlocks hashes the blocks of b that are not all zeros and appends their
-// numbers, the first of b being number first. The last block may be short.
-func hashBlocks(h hash.Hash, numbers, b []byte, first int64) []byte {
+// hashBlocks hashes the blocks of b that are not all zeros, and their numbers,
+// the first of b being number first. The last block may be short.
+func hashBlocks(blocks, numbers hash.Hash, b []byte, first int64) {
+	var number [8]byte
 	begun := -1 // of a run in b
 	flush := func(end int) {
 		if begun >= 0 {
-			h.Write(b[begun:end])
+			blocks.Write(b[begun:end])
 		}
 		begun = -1
 	}
@@ -82,10 +83,10 @@ func hashBlocks(h hash.Hash, numbers, b []byte, first int64) []byte {
 		if begun < 0 {
 			begun = at
 		}
-		numbers = binary.LittleEndian.AppendUint64(numbers, uint64(first+int64(at/digestBlockBytes)))
+		binary.LittleEndian.PutUint64(number[:], uint64(first+int64(at/digestBlockBytes)))
+		numbers.Write(number[:])
 	}
 	flush(len(b))
-	return numbers
 }
 
 // eachData calls f for the parts of a file that may hold data, which begin and

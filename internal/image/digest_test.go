@@ -30,7 +30,8 @@ func blocksOf(t testing.TB, path string) string {
 		}
 	}
 	numbers = binary.LittleEndian.AppendUint64(numbers, uint64(len(data)))
-	sum := sha256.Sum256(append(blocks, numbers...))
+	of, at := sha256.Sum256(blocks), sha256.Sum256(numbers)
+	sum := sha256.Sum256(append(of[:], at[:]...))
 	return "blocks-sha256:" + hex.EncodeToString(sum[:])
 }
 
