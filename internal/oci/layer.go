@@ -14,8 +14,8 @@ import (
 	"sync/atomic"
 
 	"banger"
+	"banger/internal/gzip"
 
-	"github.com/klauspost/compress/gzip"
 	"github.com/klauspost/compress/zstd"
 )
 
@@ -371,7 +371,7 @@ func inflateError(err error) error {
 	switch {
 	case errors.Is(err, io.ErrUnexpectedEOF):
 		return errors.New("the compressed stream is cut short")
-	case errors.Is(err, gzip.ErrHeader), errors.Is(err, gzip.ErrChecksum):
+	case errors.Is(err, gzip.ErrCorrupt):
 		return errors.New("the gzip stream is damaged")
 	case errors.Is(err, zstd.ErrWindowSizeExceeded), errors.Is(err, zstd.ErrDecoderSizeExceeded):
 		return fmt.Errorf("the zstd stream needs a window of more than %d bytes", MaxZstdWindow)
@@ -397,7 +397,7 @@ func decompress(in *bufio.Reader, mediaType string) (io.ReadCloser, error) {
 	}
 	switch kind {
 	case "gzip":
-		return gzip.NewReader(in)
+		return io.NopCloser(gzip.NewReader(in)), nil
 	case "zstd":
 		d, err := zstd.NewReader(in, zstd.WithDecoderConcurrency(1), zstd.WithDecoderLowmem(true), zstd.WithDecoderMaxWindow(MaxZstdWindow))
 		if err != nil {
