@@ -95,7 +95,7 @@ func (s *Source) Export(ctx context.Context, w io.Writer, img *Image, name strin
 			}}
 			err = file(blobPath(l.Digest), v, l.SizeBytes)
 			if err == nil {
-				err = v.finish(v)
+				err = v.finish()
 			}
 			r.Close()
 			if err != nil {

@@ -26,6 +26,14 @@ const (
 	chunkCount = 8
 )
 
+// As much of the stored bytes waits between the goroutine that fetches and
+// verifies and the one that inflates.
+const (
+	aheadBytes = 128 << 10
+	aheadCount = 8
+	peekBytes  = 4 << 10
+)
+
 // maxVerdictBytes is how much of a damaged layer is still read to say whether
 // its digest was wrong to begin with.
 const maxVerdictBytes = 256 << 20
@@ -53,8 +61,8 @@ type chunk struct {
 	err  error // of the stream; last is set
 }
 
-// pipeline runs three stages over all blobs in turn: fetch, verify and inflate;
-// hash; parse and place. The first two are goroutines; since one goroutine
+// pipeline runs four stages over all blobs in turn: fetch and verify; inflate;
+// hash; parse and place. The first three are goroutines; since one goroutine
 // inflates all blobs, the next blob is under way while the last chunks of this
 // one are placed, and there is never more than one decoder's memory.
 type pipeline struct {
@@ -236,11 +244,9 @@ func (pl *pipeline) inflate() {
 
 func (pl *pipeline) inflateOne(i int) (err error) {
 	bl := &pl.blobs[i]
-	v := &verifier{ctx: pl.ctx, h: sha256.New(), want: bl.digest, size: bl.sizeBytes, most: pl.lim.blobSize}
-	v.step = func(n int) {
-		pl.fetched += int64(n)
-		pl.progress.report("fetch", bl.label, pl.fetched, pl.total)
-	}
+	ctx, cancel := context.WithCancel(pl.ctx)
+	defer cancel()
+	v := &verifier{ctx: ctx, h: sha256.New(), want: bl.digest, size: bl.sizeBytes, most: pl.lim.blobSize}
 	if bl.keep != nil {
 		w, cerr := pl.keep(bl)
 		if cerr != nil {
@@ -266,9 +272,9 @@ func (pl *pipeline) inflateOne(i int) (err error) {
 		}
 	}
 	if v.beforeBytes == 0 {
-		v.r, err = bl.open(pl.ctx, pl.progress)
+		v.r, err = bl.open(ctx, pl.progress)
 	} else if v.beforeBytes < bl.sizeBytes {
-		v.r, err = bl.openRest(pl.ctx, v.beforeBytes)
+		v.r, err = bl.openRest(ctx, v.beforeBytes)
 	}
 	if err != nil {
 		return err
@@ -276,14 +282,21 @@ func (pl *pipeline) inflateOne(i int) (err error) {
 	if v.r != nil {
 		defer v.r.Close()
 	}
-	in := bufio.NewReaderSize(v, chunkBytes)
-	err = pl.inflateBody(i, in)
-	if (err != nil || pl.rejected.Load() == int32(i+1)) && v.size-v.n > maxVerdictBytes {
+	a := newAhead(v, func(n int) {
+		pl.fetched += int64(n)
+		pl.progress.report("fetch", bl.label, pl.fetched, pl.total)
+	})
+	// From here on only the goroutine of a has to do with v.
+	err = pl.inflateBody(i, bufio.NewReaderSize(a, peekBytes))
+	if (err != nil || pl.rejected.Load() == int32(i+1)) && bl.sizeBytes-a.n > maxVerdictBytes {
+		cancel()
+		a.stop()
 		return err
 	}
 	// What the decoder left must be hashed too. A wrong digest, or what broke the
 	// stream, says more than what the decoder made of it.
-	if verr := v.finish(in); verr != nil {
+	a.stop()
+	if verr := v.finish(); verr != nil {
 		err = verr
 	}
 	if bl.inputSum != nil && bl.filter == nil && err == nil {
@@ -515,11 +528,10 @@ func (v *verifier) read(p []byte) (int, error) {
 	return v.r.Read(p)
 }
 
-// finish reads what is left of the blob, in being what was buffered from v,
-// and compares the digest.
-func (v *verifier) finish(in io.Reader) error {
-	if v.end == nil || v.end == io.EOF {
-		if _, err := io.Copy(io.Discard, in); err != nil {
+// finish reads what is left of the blob and compares the digest.
+func (v *verifier) finish() error {
+	if v.end == nil {
+		if _, err := io.Copy(io.Discard, v); err != nil {
 			return err
 		}
 	}

@@ -460,7 +460,7 @@ func (s *Source) smallBlob(ctx context.Context, from blobSource, digest string, 
 	v := &verifier{ctx: ctx, r: r, h: sha256.New(), want: digest, size: size}
 	raw, err := io.ReadAll(v)
 	if err == nil {
-		err = v.finish(v)
+		err = v.finish()
 	}
 	if err != nil {
 		return nil, fmt.Errorf("config: %w", err)
