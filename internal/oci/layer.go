@@ -79,6 +79,9 @@ type pipeline struct {
 
 	total, fetched int64 // compressed bytes
 	expanded       int64
+
+	commits   chan BlobWriter // blobs that came whole
+	commitErr error           // the first of them, once all is done
 }
 
 func squashLayers[C any](ctx context.Context, b *builder[C], blobs []blob, p *progress, lim limits) error {
@@ -86,6 +89,7 @@ func squashLayers[C any](ctx context.Context, b *builder[C], blobs []blob, p *pr
 	pl := &pipeline{
 		ctx: ctx, blobs: blobs, lim: lim, progress: p,
 		free: make(chan []byte, chunkCount), raw: make(chan chunk, chunkCount), hashed: make(chan chunk, chunkCount),
+		commits: make(chan BlobWriter, len(blobs)),
 	}
 	for range chunkCount {
 		pl.free <- make([]byte, chunkBytes)
@@ -100,6 +104,7 @@ func squashLayers[C any](ctx context.Context, b *builder[C], blobs []blob, p *pr
 	var wg sync.WaitGroup
 	wg.Go(pl.inflate)
 	wg.Go(pl.hash)
+	wg.Go(pl.commit)
 	defer wg.Wait()
 	defer cancel()
 	for i := range blobs {
@@ -151,7 +156,8 @@ func squashLayers[C any](ctx context.Context, b *builder[C], blobs []blob, p *pr
 			*bl.inputSum = digestOf(kept)
 		}
 	}
-	return nil
+	wg.Wait()
+	return pl.commitErr
 }
 
 // chunkReader is the stream of one blob at the pipeline's end.
@@ -227,8 +233,19 @@ func (pl *pipeline) hash() {
 	}
 }
 
+// commit makes blobs durable, which takes the disk its time, while the next
+// ones come.
+func (pl *pipeline) commit() {
+	for w := range pl.commits {
+		if err := w.Commit(); err != nil && pl.commitErr == nil {
+			pl.commitErr = &localError{fmt.Errorf("blob cache: %w", err)}
+		}
+	}
+}
+
 func (pl *pipeline) inflate() {
 	defer close(pl.raw)
+	defer close(pl.commits)
 	for i := range pl.blobs {
 		err := pl.inflateOne(i)
 		select {
@@ -257,9 +274,7 @@ func (pl *pipeline) inflateOne(i int) (err error) {
 			switch {
 			case v.checked && v.teeErr == nil:
 				// The cache has what the digest promises even if the tar inside is bad.
-				if cerr := w.Commit(); cerr != nil && err == nil {
-					err = &localError{fmt.Errorf("blob cache: %w", cerr)}
-				}
+				pl.commits <- w // has room for all
 			case err != nil && !isDamage(pl.ctx, err) && v.teeErr == nil && pl.rejected.Load() == 0:
 				_ = w.Suspend() // what has come may be right
 			default:

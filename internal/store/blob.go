@@ -67,7 +67,7 @@ func (b *Blobs) Create(digest string) (*BlobWriter, error) {
 		tmp.Remove()
 		return nil, err
 	}
-	return &BlobWriter{f: f, tmp: tmp, final: final}, nil
+	return &BlobWriter{f: f, tmp: tmp, final: final, early: NewWriteback(f)}, nil
 }
 
 // Resume is Create for a blob of so many bytes that comes from far away: what
@@ -88,7 +88,7 @@ func (b *Blobs) Resume(digest string, sizeBytes int64) (*BlobWriter, error) {
 		f.Close()
 		return b.Create(digest)
 	}
-	w := &BlobWriter{f: f, final: final, partial: path}
+	w := &BlobWriter{f: f, final: final, partial: path, early: NewWriteback(f)}
 	st, err := f.Stat()
 	if err == nil {
 		if w.have = st.Size(); w.have > sizeBytes {
@@ -98,6 +98,7 @@ func (b *Blobs) Resume(digest string, sizeBytes int64) (*BlobWriter, error) {
 	if err != nil {
 		return nil, errors.Join(err, w.Abort())
 	}
+	w.at = w.have
 	return w, nil
 }
 
@@ -203,6 +204,8 @@ func (b *Blobs) Remove(digest string) error {
 type BlobWriter struct {
 	f     *os.File
 	final string
+	early *Writeback
+	at    int64 // where the next byte goes
 
 	tmp     *Temp  // of Create
 	partial string // of Resume: the path
@@ -214,7 +217,12 @@ type BlobWriter struct {
 // or Abort.
 func (w *BlobWriter) Partial() (io.Reader, int64) { return io.NewSectionReader(w.f, 0, w.have), w.have }
 
-func (w *BlobWriter) Write(p []byte) (int, error) { return w.f.Write(p) }
+func (w *BlobWriter) Write(p []byte) (int, error) {
+	n, err := w.f.Write(p)
+	w.early.Wrote(w.at, n)
+	w.at += int64(n)
+	return n, err
+}
 
 // Commit makes the blob durable and visible. The caller has verified digest
 // and size. Where two writers race both win: the bytes are the same.
