@@ -88,7 +88,7 @@ func (s *Source) seekable(ctx context.Context, label string, p *progress) (*os.F
 	if st.Mode().IsRegular() && compressionOf(magic) == "" {
 		return s.Input, nil
 	}
-	r, err := decompress(in, "")
+	r, err := decompress(in, "", false)
 	if err != nil {
 		return nil, inflateError(err)
 	}

@@ -354,7 +354,7 @@ func (e *resumedError) Is(target error) bool { return target == ErrResumed }
 var ErrResumed = errors.New("a part of it was kept from before")
 
 func (pl *pipeline) inflateBody(i int, in *bufio.Reader) error {
-	r, err := decompress(in, pl.blobs[i].mediaType)
+	r, err := decompress(in, pl.blobs[i].mediaType, pl.blobs[i].diffID != "")
 	if err != nil {
 		return err
 	}
@@ -407,8 +407,9 @@ func inflateError(err error) error {
 	return err
 }
 
-// compression is told by the first bytes; a media type only has to agree.
-func decompress(in *bufio.Reader, mediaType string) (io.ReadCloser, error) {
+// compression is told by the first bytes; a media type only has to agree. What
+// is hashed needs no checksum of zstd's own.
+func decompress(in *bufio.Reader, mediaType string, hashed bool) (io.ReadCloser, error) {
 	magic, err := in.Peek(4)
 	if err != nil && err != io.EOF {
 		return nil, err
@@ -427,7 +428,7 @@ func decompress(in *bufio.Reader, mediaType string) (io.ReadCloser, error) {
 	case "gzip":
 		return io.NopCloser(gzip.NewReader(in)), nil
 	case "zstd":
-		d, err := zstd.NewReader(in, zstd.WithDecoderConcurrency(1), zstd.WithDecoderLowmem(true), zstd.WithDecoderMaxWindow(MaxZstdWindow))
+		d, err := zstd.NewReader(in, zstd.WithDecoderConcurrency(1), zstd.WithDecoderLowmem(true), zstd.WithDecoderMaxWindow(MaxZstdWindow), zstd.IgnoreChecksum(hashed))
 		if err != nil {
 			return nil, err
 		}
