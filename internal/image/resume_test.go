@@ -62,9 +62,12 @@ func newSlowRegistry(t *testing.T, layers ...[]byte) *slowRegistry {
 			}
 		}
 		left := data[from:]
+		s.mu.Lock()
+		ranges, stop := s.ranges, s.stop
+		s.mu.Unlock()
 		switch {
-		case from > 0 && s.ranges != nil:
-			if left = s.ranges(w, r, data, from); left == nil {
+		case from > 0 && ranges != nil:
+			if left = ranges(w, r, data, from); left == nil {
 				return
 			}
 		case from > 0:
@@ -74,9 +77,6 @@ func newSlowRegistry(t *testing.T, layers ...[]byte) *slowRegistry {
 		default:
 			w.Header().Set("Content-Length", strconv.Itoa(len(left)))
 		}
-		s.mu.Lock()
-		stop := s.stop
-		s.mu.Unlock()
 		if stop > 0 {
 			left = left[:stop]
 		}
@@ -157,7 +157,9 @@ func TestPullResumes(t *testing.T) {
 	} {
 		t.Run(row.name, func(t *testing.T) {
 			s := newSlowRegistry(t, layer, tarOf(t, file("small", 0o644, "small")))
+			s.mu.Lock()
 			s.stop, s.ranges = half, row.ranges
+			s.mu.Unlock()
 			root := filepath.Join(t.TempDir(), "state")
 			im, st := openStore(t, root)
 			im.baseBytes = smallBytes
