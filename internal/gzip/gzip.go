@@ -19,8 +19,9 @@ const (
 	maxMatch    = 258
 )
 
-// MaxHeaderBytes is the most that name, comment and extra field of one member
-// may be together. None of them is of use here.
+// MaxHeaderBytes is the most that extra field, name and comment of one member
+// may be together, the zeros behind the two among them. None of them is of use
+// here.
 const MaxHeaderBytes = 128 << 10
 
 // state is where in a stream a Reader stands.
@@ -192,6 +193,9 @@ func (z *Reader) align() {
 	z.nbits &^= 7
 }
 
+// magic is what each member begins with, the method (deflate) behind it.
+const magic = "\x1f\x8b\x08"
+
 // Flags of a member's header, RFC 1952 section 2.3.1.
 const (
 	flagHeaderCRC = 1 << 1
@@ -220,14 +224,19 @@ func (z *Reader) header() error {
 		if fixed[i], err = next(); err != nil {
 			return err
 		}
+		// At once: a few bytes of garbage are no header that is cut short.
+		if i < len(magic) && fixed[i] != magic[i] {
+			return ErrCorrupt
+		}
 	}
 	flags := fixed[3]
-	if fixed[0] != 0x1f || fixed[1] != 0x8b || fixed[2] != 8 || flags&flagsReserved != 0 {
+	if flags&flagsReserved != 0 {
 		return ErrCorrupt
 	}
 	left := MaxHeaderBytes
 	skip := func(done func(b uint8) bool) error {
-		for ; left > 0; left-- {
+		for left > 0 {
+			left--
 			if b, err := next(); err != nil || done(b) {
 				return err
 			}
