@@ -76,7 +76,9 @@ func init() {
 }
 
 // build makes the table of the code that gives each symbol so many bits. As in
-// zlib, a code must be whole, or a single one of one bit, or none at all.
+// zlib, a code must be whole, or a single one of one bit, or none at all. (For
+// the code of the lengths zlib wants the first; with either of the others all
+// lengths are the same, which those of 257 symbols or more cannot be.)
 func build(table []entry, tableBits uint, lengths []uint8, symbols []entry) bool {
 	var count [maxCodeBits + 1]int
 	for _, n := range lengths {
@@ -129,7 +131,7 @@ func build(table []entry, tableBits uint, lengths []uint8, symbols []entry) bool
 			copy(table[1<<n:2<<n], table[:1<<n])
 		}
 	}
-	for n := uint(longest); n < tableBits; n++ {
+	for n := uint(longest) + 1; n < tableBits; n++ {
 		copy(table[1<<n:2<<n], table[:1<<n])
 	}
 	// The others share second tables by their first tableBits bits.

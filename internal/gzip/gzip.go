@@ -166,9 +166,10 @@ func (z *Reader) ended() error {
 	return z.srcErr
 }
 
-// refill takes whole bytes in, up to at least 57 bits or all there are.
+// refill takes whole bytes in, up to at least 56 bits or all there are. Never
+// 64: the fast loop shifts by nbits.
 func (z *Reader) refill() {
-	for z.nbits <= 56 && (z.r < z.w || z.fill()) {
+	for z.nbits < 56 && (z.r < z.w || z.fill()) {
 		z.bits |= uint64(z.in[z.r]) << z.nbits
 		z.r++
 		z.nbits += 8
