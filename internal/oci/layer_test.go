@@ -202,6 +202,7 @@ func TestLayerStreams(t *testing.T) {
 		{name: "zeros after the end", stored: append(bytes.Clone(raw), make([]byte, 9000)...), media: plain, raw: append(bytes.Clone(raw), make([]byte, 9000)...)},
 		{name: "bytes after the end", stored: append(bytes.Clone(raw), "trailing"...), media: plain, raw: append(bytes.Clone(raw), "trailing"...), note: "after the end of its tar left out (8)"},
 		{name: "garbage after gzip", stored: append(gz(t, raw), "trailing garbage"...), media: zipped, err: "gzip stream is damaged"},
+		{name: "one zero after gzip", stored: append(gz(t, raw), 0), media: zipped, err: "gzip stream is damaged"},
 	} {
 		for _, cached := range []bool{false, true} {
 			t.Run(fmt.Sprintf("%s cached=%v", tt.name, cached), func(t *testing.T) {
