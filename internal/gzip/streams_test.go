@@ -219,7 +219,7 @@ func (b *boundaries) storedBlocks() {
 				w.lits(noise(15, 2*fastOut)...)
 				w.lits(bytes.Repeat([]byte{200}, k)...)
 				w.end()
-				for _, n := range []int{1, 0, 500} {
+				for _, n := range []int{500, 1, 0, 500} { // the first from what the fast loop left
 					w.block(more, typeStored)
 					for w.free > 0 {
 						w.bits(padding, 1)
