@@ -101,12 +101,7 @@ func build(table []entry, tableBits uint, lengths []uint8, symbols []entry) bool
 		if longest > 1 {
 			return false
 		}
-		for i := range 1 << tableBits {
-			table[i] = kindBad | 1
-		}
-		if longest == 0 {
-			return true
-		}
+		table[0], table[1] = kindBad|1, kindBad|1
 	}
 	var sorted [maxLitlen]uint16 // symbols by the length of their code
 	for s, n := range lengths {
