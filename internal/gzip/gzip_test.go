@@ -312,6 +312,17 @@ func TestSplit(t *testing.T) {
 	}
 }
 
+// TestRefill: the fast loop, which may come next, wants fewer than 64 bits.
+func TestRefill(t *testing.T) {
+	for n := range uint(64) {
+		z := NewReader(bytes.NewReader(make([]byte, 16)))
+		z.nbits = n
+		if z.refill(); z.nbits < max(56, n) || z.nbits > 63 || z.nbits%8 != n%8 {
+			t.Errorf("%d bits become %d", n, z.nbits)
+		}
+	}
+}
+
 // repeated gives b again and again, n times.
 type repeated struct {
 	b []byte
