@@ -97,11 +97,20 @@ func (e *SpaceError) Error() string {
 func (e *SpaceError) Unwrap() error { return ErrNoSpace }
 
 // A File receives the image. *os.File is one; on Linux dead bytes in an
-// *os.File become holes, in any other File they are overwritten with zeros.
+// *os.File become holes, and so they do in a [HolePuncher]. In any other File
+// they are overwritten with zeros.
 // What was never written must read as zeros below the size set by Truncate.
 type File interface {
 	io.WriterAt
 	Truncate(sizeBytes int64) error
+}
+
+// A HolePuncher is a File that makes its holes itself, and so learns of them.
+type HolePuncher interface {
+	File
+	// PunchHole makes bytes of the file read as zeros and leaves its size.
+	// After an error zeros are written there.
+	PunchHole(offset, lengthBytes int64) error
 }
 
 // Options are fixed before the first byte is placed.

@@ -232,6 +232,33 @@ func TestDeterministic(t *testing.T) {
 	if bytes.Contains(one, []byte("droppeddropped")) {
 		t.Error("discarded bytes are still there")
 	}
+	// What makes its holes itself is asked for them, and may refuse.
+	for _, refuses := range []error{nil, errBroken} {
+		own := &puncher{refuses: refuses}
+		write(own)
+		if !bytes.Equal(one, own.data) {
+			t.Errorf("a build with holes of the file's own (%v) differs", refuses)
+		}
+		if want := int64((700000 + disk.BlockSize - 1) / disk.BlockSize); own.asked != want {
+			t.Errorf("it was asked for holes of %d blocks, want %d", own.asked, want)
+		}
+	}
+}
+
+// puncher is a HolePuncher: zeros are its holes.
+type puncher struct {
+	memory
+	refuses error
+	asked   int64 // blocks
+}
+
+func (p *puncher) PunchHole(offset, lengthBytes int64) error {
+	p.asked += lengthBytes / disk.BlockSize
+	if p.refuses == nil {
+		end := min(offset+lengthBytes, int64(len(p.data)))
+		clear(p.data[min(offset, end):end])
+	}
+	return p.refuses
 }
 
 // memory is a File that knows nothing of holes.

@@ -69,7 +69,7 @@ func (o *output) erase(start, length uint64) error {
 	if o.err != nil {
 		return o.err
 	}
-	if punch(o.f, int64(start)*disk.BlockSize, int64(length)*disk.BlockSize) {
+	if o.punch(int64(start)*disk.BlockSize, int64(length)*disk.BlockSize) {
 		return nil
 	}
 	clear(o.buf)
@@ -82,4 +82,12 @@ func (o *output) erase(start, length uint64) error {
 		start, length = start+n, length-n
 	}
 	return nil
+}
+
+// punch makes a hole and tells whether it did.
+func (o *output) punch(offset, lengthBytes int64) bool {
+	if f, ok := o.f.(HolePuncher); ok {
+		return f.PunchHole(offset, lengthBytes) == nil
+	}
+	return punch(o.f, offset, lengthBytes)
 }
