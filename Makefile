@@ -7,7 +7,7 @@ PROGRAMS := banger bangerd banger-vsock-agent
 
 # Host packages (Debian's names), each with its reason in the README.
 RUN_PACKAGES  := qemu-system-x86 mmdebstrap uidmap ca-certificates
-TEST_PACKAGES := $(RUN_PACKAGES) e2fsprogs xfsprogs btrfs-progs gcc libc6-dev docker-registry busybox-static zstd cpio kmod attr acl libcap2-bin procps bsdutils iproute2 iputils-ping curl strace
+TEST_PACKAGES := $(RUN_PACKAGES) e2fsprogs fsverity xfsprogs btrfs-progs gcc libc6-dev docker-registry busybox-static zstd cpio kmod attr acl libcap2-bin procps bsdutils iproute2 iputils-ping curl strace
 BENCH_PACKAGES := $(TEST_PACKAGES) passt
 
 .PHONY: build demo test check fuzz bench soak packages test-packages clean

@@ -14,7 +14,7 @@ type Image struct {
 	Name           string      `json:"name"`            // its full reference
 	Reference      string      `json:"reference"`       // what was asked for
 	Digest         *string     `json:"digest"`          // of the manifest; nil where there is none
-	BaseDigest     string      `json:"base_digest"`     // sha256 of the base image's bytes
+	BaseDigest     string      `json:"base_digest"`     // of the base image's bytes: "fsverity-sha256:" and what `fsverity digest` prints, or "sha256:" in old records
 	Rootfs         string      `json:"rootfs"`          // path of the ext4 file
 	WorkSeed       string      `json:"work_seed"`       // path of the work seed; "" for an old image, which has none
 	SizeBytes      int64       `json:"size_bytes"`      // of the file system

@@ -5,6 +5,7 @@ import (
 	"crypto/sha256"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"strings"
 	"syscall"
@@ -62,10 +63,17 @@ type Built struct {
 	FetchEnd  time.Time
 }
 
-// Build streams an image into out, which must be empty and open for reading
-// too, as one ext4 file system. It neither fsyncs nor closes out; when it fails what is in out is
+// An Output is what a base is written to and read back from: an *os.File, or
+// what stands before one.
+type Output interface {
+	ext4.File
+	io.ReaderAt
+}
+
+// Build streams an image into out, which must be empty, as one ext4 file
+// system. It neither fsyncs nor closes out; when it fails what is in out is
 // worthless.
-func Build(ctx context.Context, img *oci.Image, out *os.File, opts BuildOptions) (*Built, error) {
+func Build(ctx context.Context, img *oci.Image, out Output, opts BuildOptions) (*Built, error) {
 	if n := opts.SizeBytes; n != 0 && (n < ext4.MinImageBytes || n > maxBaseBytes) {
 		return nil, banger.Errorf(banger.CodeUsage, "size: %d bytes, it is from %d MiB to %d GiB", n, ext4.MinImageBytes>>20, int64(maxBaseBytes>>30))
 	}

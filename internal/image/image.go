@@ -254,13 +254,14 @@ func (im *Images) Pull(ctx context.Context, src *oci.Source, ref oci.Reference, 
 		return nil, err
 	}
 	defer f.Close()
+	out := newDigester(f)
 	build := func() (*Built, error) {
-		return Build(ctx, img, f, BuildOptions{SizeBytes: im.baseBytes, Agent: opts.Agent, Trim: opts.Trim})
+		return Build(ctx, img, out, BuildOptions{SizeBytes: im.baseBytes, Agent: opts.Agent, Trim: opts.Trim})
 	}
 	built, err := build()
 	if errors.Is(err, oci.ErrResumed) {
 		// Or the image is bad, as the whole of it will show.
-		if err = f.Truncate(0); err == nil {
+		if err = out.Truncate(0); err == nil {
 			built, err = build()
 		}
 	}
@@ -275,7 +276,7 @@ func (im *Images) Pull(ctx context.Context, src *oci.Source, ref oci.Reference, 
 	if _, err := os.Stat(im.s.Image(id)); err == nil {
 		return im.name(ctx, name, id)
 	}
-	digest, err := digestOf(ctx, f)
+	digest, err := out.digest(ctx)
 	if err != nil {
 		return nil, err
 	}

@@ -152,7 +152,7 @@ func TestPullAndRemove(t *testing.T) {
 	if st.Mode() != 0o400 {
 		t.Errorf("the base has mode %v", st.Mode())
 	}
-	if got := blocksOf(t, a.Rootfs); got != a.BaseDigest {
+	if got := verityOf(t, a.Rootfs); got != a.BaseDigest {
 		t.Errorf("base_digest %s, the file's is %s", a.BaseDigest, got)
 	}
 	clean(t, a.Rootfs)

@@ -123,7 +123,7 @@ func TestRegister(t *testing.T) {
 			}
 			clean(t, image.Rootfs)
 			clean(t, image.WorkSeed)
-			if got := blocksOf(t, image.Rootfs); got != image.BaseDigest {
+			if got := verityOf(t, image.Rootfs); got != image.BaseDigest {
 				t.Errorf("base_digest %s, the file's is %s", image.BaseDigest, got)
 			}
 			base := openFS(t, image.Rootfs)
@@ -298,7 +298,7 @@ func TestRegisterAgain(t *testing.T) {
 	if err != nil || found.ID != second.ID {
 		t.Errorf("the name is of %+v, %v", found, err)
 	}
-	if got := blocksOf(t, first.Rootfs); got != first.BaseDigest {
+	if got := verityOf(t, first.Rootfs); got != first.BaseDigest {
 		t.Errorf("the base of before became %s", got)
 	}
 	// With a seed of its own.

@@ -55,11 +55,13 @@ func (im *Images) Verify(ctx context.Context, name string, src *oci.Source, agen
 	}
 	defer f.Close()
 	v := &Verified{Image: image}
-	digest, err := digestLike(ctx, f, image.BaseDigest)
+	digest, known, err := digestLike(ctx, f, image.BaseDigest)
 	if err != nil {
 		return nil, err
 	}
-	if digest != image.BaseDigest {
+	if !known {
+		v.differ("base image: its record has the digest %.100q, which is of no kind that this version of banger knows", image.BaseDigest)
+	} else if digest != image.BaseDigest {
 		v.differ("base image: digest %s, not the %s it was made with", digest, image.BaseDigest)
 	}
 	base, err := ext4.Open(f)

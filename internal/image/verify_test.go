@@ -137,6 +137,34 @@ func TestVerify(t *testing.T) {
 			t.Errorf("%q", v.Differences)
 		}
 	})
+	t.Run("records of other versions", func(t *testing.T) {
+		if err := os.WriteFile(image.Rootfs, good, 0o400); err != nil {
+			t.Fatal(err)
+		}
+		path := filepath.Join(s.Image(image.ID), store.ImageRecord)
+		var r record
+		if err := store.ReadJSON(path, imageSchema, &r); err != nil {
+			t.Fatal(err)
+		}
+		made := r.BaseDigest
+		for _, row := range []struct{ digest, difference string }{
+			{shaOf(t, image.Rootfs), ""},
+			{"sha256:" + strings.Repeat("0", 64), "not the sha256:0000"},
+			{"fsverity-sha256:" + strings.Repeat("0", 64), "not the fsverity-sha256:0000"},
+			{"fsverity-sha512:\x1b[2J", `"fsverity-sha512:\x1b[2J", which is of no kind that this version of banger knows`},
+			{"", `"", which is of no kind`},
+			{made, ""},
+		} {
+			r.BaseDigest = row.digest
+			if err := store.WriteJSON(path, imageSchema, r); err != nil {
+				t.Fatal(err)
+			}
+			v := verify(t, im, "a", agentFile(t))
+			if row.difference == "" && v.Differences != nil || row.difference != "" && (len(v.Differences) != 1 || !strings.Contains(v.Differences[0], row.difference)) {
+				t.Errorf("%q: %q, want %q", row.digest, v.Differences, row.difference)
+			}
+		}
+	})
 	t.Run("no file system", func(t *testing.T) {
 		if err := os.WriteFile(image.Rootfs, make([]byte, smallBytes), 0o400); err != nil {
 			t.Fatal(err)
