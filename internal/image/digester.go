@@ -13,6 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"banger/ext4"
+	"banger/internal/store"
 )
 
 // A digester is a new file whose digest is made while it is written, of bytes
@@ -36,6 +37,7 @@ import (
 // through it.
 type digester struct {
 	f     *os.File
+	early *store.Writeback
 	end   int64 // nothing was ever written beyond it
 	pages map[int64]*groupPage
 	open  []openGroup
@@ -80,7 +82,7 @@ var (
 // newDigester gives the digester of a file that has no byte yet, and stays the
 // caller's.
 func newDigester(f *os.File) *digester {
-	return &digester{f: f, pages: make(map[int64]*groupPage), open: make([]openGroup, openGroups)}
+	return &digester{f: f, early: store.NewWriteback(f), pages: make(map[int64]*groupPage), open: make([]openGroup, openGroups)}
 }
 
 func (d *digester) ReadAt(p []byte, off int64) (int, error) { return d.f.ReadAt(p, off) }
@@ -89,6 +91,7 @@ func (d *digester) Stat() (fs.FileInfo, error) { return d.f.Stat() }
 
 func (d *digester) WriteAt(p []byte, off int64) (int, error) {
 	n, err := d.f.WriteAt(p, off)
+	d.early.Wrote(off, n) // the base will be fsynced
 	end := off + int64(len(p))
 	if off >= 0 && len(p) > 0 {
 		d.end = max(d.end, end)
