@@ -40,6 +40,7 @@ type port struct {
 	n     *Network
 	conn  net.Conn
 	queue *sendQueue
+	acks  *ackHolder
 	wire  *wire
 	stack *stack.Stack
 
@@ -70,6 +71,7 @@ func newPort(n *Network, conn net.Conn) (*port, error) {
 		queries: make(chan struct{}, maxDNSQueries), dnsConns: make(chan struct{}, maxDNSConns),
 	}
 	p.ctx, p.stop = context.WithCancelCause(context.Background())
+	p.acks = newAckHolder(p.sendFrame)
 	p.wire = &wire{mtu: uint32(n.link.mtu), out: p.send}
 	var err error
 	if p.stack, err = newStack(n.link, p.wire); err != nil {
@@ -195,7 +197,7 @@ func (p *port) send(ipv6 bool, parts [][]byte) {
 	}
 	all := make([][]byte, 0, 8)
 	all = append(append(all, head[:]), parts...)
-	p.sendFrame(all...)
+	p.acks.send(all...)
 }
 
 func (p *port) sendFrame(parts ...[]byte) {
