@@ -159,7 +159,13 @@ func (p *port) relay(guest *guestConn, host *net.TCPConn) {
 	limit := min(max(share/8, minPumpBytes), maxPumpBytes)
 	broken := make(chan error, 2)
 	go func() { broken <- pump(host, guest, limit) }()
-	go func() { broken <- pump(guest, host, limit) }()
+	// Each write is sent at once: what is a little more than the guest's
+	// packets hold would be one more of them.
+	whole := limit
+	if most := guest.segmentBytes(p.n.link.mtu); most < limit {
+		whole -= limit % most
+	}
+	go func() { broken <- pump(guest, host, whole) }()
 	err := <-broken
 	if err != nil {
 		// One side is gone: the other learns it as a reset.

@@ -224,3 +224,58 @@ func TestRestart(t *testing.T) {
 }
 
 func netipAddr(s string) netip.Addr { return netip.MustParseAddr(s) }
+
+// TestSegmentBytes writes to the guest as much as a packet can hold, which
+// becomes one, and a byte more, which becomes two.
+func TestSegmentBytes(t *testing.T) {
+	for _, mtu := range []int{1500, DefaultMTU} {
+		n := newNetwork(t, "one", 0, "", func(c *Config) { c.MTU = mtu })
+		g := newGuest(t, n)
+		got := make(chan int, 1000)
+		g.serve(7, func(c net.Conn) {
+			buf := make([]byte, 2*DefaultMTU)
+			for {
+				m, err := c.Read(buf)
+				if err != nil {
+					return
+				}
+				got <- m
+			}
+		})
+		for _, way := range []struct{ from, to netip.Addr }{
+			{g.addr.Gateway4, g.addr.IPv4.Addr()}, {g.addr.Gateway6, g.addr.IPv6.Addr()},
+		} {
+			c, err := dialStack(t.Context(), n.current().stack, way.from, netip.AddrPortFrom(way.to, 7))
+			if err != nil {
+				t.Fatal(err)
+			}
+			most := c.segmentBytes(mtu)
+			write := func(size int) {
+				if _, err := c.Write(make([]byte, size)); err != nil {
+					t.Fatal(err)
+				}
+				for left := size; left > 0; {
+					left -= <-got
+				}
+			}
+			write(256 << 10) // the guest's window opens
+			for _, row := range []struct {
+				bytes   int
+				packets uint64
+			}{{1, 1}, {most, 1}, {most + 1, 2}, {2 * most, 2}} {
+				// The guest's window may split one write; not all of them.
+				least := ^uint64(0)
+				for range 5 {
+					n.current().acks.flush()
+					before := n.Stats().Sent
+					write(row.bytes)
+					least = min(least, n.Stats().Sent-before)
+				}
+				if least != row.packets {
+					t.Errorf("MTU %d, to %s: %d bytes went in %d packets, want %d", mtu, way.to, row.bytes, least, row.packets)
+				}
+			}
+			c.Close()
+		}
+	}
+}

@@ -149,6 +149,16 @@ func newGuestConn(wq *waiter.Queue, ep tcpip.Endpoint) *guestConn {
 	return &guestConn{gonet.NewTCPConn(wq, ep), ep}
 }
 
+// segmentBytes is what netstack puts into a packet of the connection at most:
+// it leaves room for all the options that TCP can have.
+func (c *guestConn) segmentBytes(mtu int) int {
+	const optionBytes = 40
+	if to, ok := c.RemoteAddr().(*net.TCPAddr); ok && to.IP.To4() == nil {
+		return mtu - ipv6Bytes - tcpBytes - optionBytes
+	}
+	return mtu - ipv4Bytes - tcpBytes - optionBytes
+}
+
 // resize sets both buffers.
 func (c *guestConn) resize(bytes int) {
 	c.ep.SocketOptions().SetReceiveBufferSize(int64(bytes), true)
