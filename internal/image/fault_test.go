@@ -2,31 +2,23 @@ package image
 
 import (
 	"context"
-	"crypto/sha256"
 	"errors"
 	"fmt"
-	"io"
-	"io/fs"
-	"maps"
 	"math/rand/v2"
 	"net/http"
 	"net/http/httptest"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"regexp"
-	"slices"
-	"strconv"
 	"strings"
 	"testing"
 	"time"
-
-	"golang.org/x/sys/unix"
 
 	"banger"
 	"banger/ext4"
 	"banger/internal/oci"
 	"banger/internal/store"
+	"banger/internal/store/storetest"
 )
 
 // What changes a store, each done in a process that is stopped before every
@@ -155,120 +147,19 @@ func serveLayout(l *layout) http.Handler {
 	})
 }
 
-// contents tells every file of a store by its path, less locks and the time in
-// an image's record. Folders end in a slash.
-type contents map[string]string
-
-// prints are the hashes of files by inode, which do not change in the store.
-type prints map[string]string
-
 var createdLine = regexp.MustCompile(`"created": "[^"]*"`)
 
-func (known prints) of(t *testing.T, root string) contents {
-	t.Helper()
-	c := contents{}
-	if err := filepath.WalkDir(root, func(path string, d fs.DirEntry, err error) error {
-		if err != nil {
-			return err
-		}
-		rel := strings.TrimPrefix(strings.TrimPrefix(path, root), "/")
-		switch {
-		case rel == "":
-		case rel == "locks" || rel == "run":
-			return fs.SkipDir
-		case d.IsDir():
-			c[rel+"/"] = ""
-		default:
-			c[rel] = known.file(t, path)
-		}
-		return nil
-	}); err != nil {
-		t.Fatal(err)
-	}
-	return c
-}
-
-func (known prints) file(t *testing.T, path string) string {
-	t.Helper()
-	st := stat(t, path)
-	key := fmt.Sprint(st.Ino, st.Size, st.Mtim)
-	if known[key] != "" {
-		return known[key]
-	}
-	h := sha256.New()
-	if st.Size < 64<<10 { // a record, under whatever name
-		data, err := os.ReadFile(path)
-		if err != nil {
-			t.Fatal(err)
-		}
-		h.Write(createdLine.ReplaceAll(data, nil))
-	} else {
-		hashData(t, h, path)
-	}
-	known[key] = fmt.Sprintf("%d bytes, %x", st.Size, h.Sum(nil))
-	return known[key]
-}
-
-// hashData hashes the blocks of a file that are not zero, and where they are.
-func hashData(t *testing.T, h io.Writer, path string) {
-	t.Helper()
-	f, err := os.Open(path)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer f.Close()
-	zero := make([]byte, 4096)
-	buf := make([]byte, 4096)
-	for at := int64(0); ; {
-		start, err := unix.Seek(int(f.Fd()), at, unix.SEEK_DATA)
-		if errors.Is(err, unix.ENXIO) {
-			return
-		}
-		end, err2 := unix.Seek(int(f.Fd()), start, unix.SEEK_HOLE)
-		if err != nil || err2 != nil {
-			t.Fatal(err, err2)
-		}
-		for at = start / 4096 * 4096; at < end; at += 4096 {
-			n, err := f.ReadAt(buf, at)
-			if err != nil && err != io.EOF {
-				t.Fatal(err)
-			}
-			if string(buf[:n]) != string(zero[:n]) {
-				fmt.Fprintf(h, "%d ", at)
-				h.Write(buf[:n])
-			}
-		}
-	}
-}
-
-// linkTree makes a tree of hard links of another: a store changes no file that
-// is in it. Locks are not linked, since who holds one holds all.
-func linkTree(t *testing.T, from, to string) {
-	t.Helper()
-	if err := filepath.WalkDir(from, func(path string, d fs.DirEntry, err error) error {
-		if err != nil {
-			return err
-		}
-		if d.IsDir() {
-			return os.Mkdir(to+strings.TrimPrefix(path, from), 0o700)
-		}
-		if strings.HasSuffix(path, ".lock") {
-			return nil
-		}
-		return os.Link(path, to+strings.TrimPrefix(path, from))
-	}); err != nil {
-		t.Fatal(err)
-	}
-}
+// withoutTime is an image's record without the time it was made.
+func withoutTime(data []byte) []byte { return createdLine.ReplaceAll(data, nil) }
 
 // A sweep is one change, done once without any fault, and what it made of what.
 type sweep struct {
 	do           func(context.Context, *Images, string) error
 	inputs       string
-	known        prints
-	start, final contents // final: when it was done
-	pruned       contents // and after a prune
-	noNames      string   // a names file without names, which the first pull begins with
+	known        *storetest.Prints
+	start, final storetest.Contents // final: when it was done
+	pruned       storetest.Contents // and after a prune
+	noNames      string             // a names file without names, which the first pull begins with
 	tried        map[string]bool
 }
 
@@ -290,7 +181,7 @@ func (sw *sweep) check(t *testing.T, root string, done bool) (problem string) {
 	if _, err := im.List(); err != nil {
 		return fmt.Sprintf("list: %v", err)
 	}
-	now := sw.known.of(t, root)
+	now := sw.known.Of(t, root)
 	for path, is := range now {
 		if strings.HasPrefix(path, "images/.names.json.") {
 			continue // prune takes it
@@ -347,13 +238,13 @@ func (sw *sweep) check(t *testing.T, root string, done bool) (problem string) {
 	if err != nil && !(banger.CodeOf(err) == banger.CodeNotFound && names == sw.final["images/names.json"]) {
 		return fmt.Sprintf("again: %v", err)
 	}
-	if got := sw.known.of(t, root)["images/names.json"]; got != sw.final["images/names.json"] {
+	if got := sw.known.Of(t, root)["images/names.json"]; got != sw.final["images/names.json"] {
 		return "done again, and the names are others"
 	}
 	if _, err := im.Prune(t.Context()); err != nil {
 		return fmt.Sprintf("prune: %v", err)
 	}
-	now = sw.known.of(t, root)
+	now = sw.known.Of(t, root)
 	for path, is := range sw.pruned {
 		if now[path] != is {
 			return fmt.Sprintf("in the end %s is %q, want %q", path, now[path], is)
@@ -372,34 +263,20 @@ func (sw *sweep) check(t *testing.T, root string, done bool) (problem string) {
 // for good, and a power cut that leaves what was fsynced and, of all else, this
 // or that.
 func TestFaults(t *testing.T) {
-	const changeVar, rootVar, inputsVar = "BANGER_TEST_CHANGE", "BANGER_TEST_CHANGE_ROOT", "BANGER_TEST_CHANGE_INPUTS"
-	if name := os.Getenv(changeVar); name != "" {
-		if err := watched(3); err != nil {
-			t.Fatal(err)
-		}
+	const inputsVar = "BANGER_TEST_CHANGE_INPUTS"
+	if storetest.Child(t, func(change, root string) error {
 		for _, c := range changes {
-			if c.name == name {
-				err := doFault(t.Context(), os.Getenv(rootVar), os.Getenv(inputsVar), c.do)
-				fmt.Fprint(os.NewFile(3, "reply"), "ended: ", err)
+			if c.name == change {
+				return doFault(t.Context(), root, os.Getenv(inputsVar), c.do)
 			}
 		}
+		return fmt.Errorf("no such change: %s", change)
+	}) {
 		return
 	}
-	soak := os.Getenv("IMAGE_SOAK") != ""
-	seed := uint64(time.Now().UnixNano())
-	if s := os.Getenv("IMAGE_SEED"); s != "" {
-		seed, _ = strconv.ParseUint(s, 10, 64)
-	}
-	t.Logf("IMAGE_SEED=%d", seed)
-	r := rand.New(rand.NewPCG(seed, 0))
+	r := storetest.Rand(t)
 	t.Setenv("HOME", t.TempDir()) // no login
-
-	// In memory where that is possible: thousands of stores are made.
-	work, err := os.MkdirTemp("/dev/shm", "banger-faults-")
-	if err != nil {
-		work = t.TempDir()
-	}
-	defer os.RemoveAll(work)
+	work := storetest.Dir(t)
 	l := newLayout(t)
 	shared := tarOf(t, file("bin/sh", 0o755, strings.Repeat("shell", 5000)))
 	for _, tag := range []string{"b", "c", "d"} {
@@ -466,128 +343,33 @@ func TestFaults(t *testing.T) {
 			if c.empty {
 				from = empty
 			}
-			sw := &sweep{do: c.do, inputs: inputs, known: prints{}, tried: map[string]bool{}}
-			sw.start = sw.known.of(t, from)
+			sw := &sweep{do: c.do, inputs: inputs, known: storetest.NewPrints(withoutTime), tried: map[string]bool{}}
+			sw.start = sw.known.Of(t, from)
 			none := filepath.Join(t.TempDir(), "names.json")
 			if err := store.WriteJSON(none, namesSchema, names{map[string]string{}}); err != nil {
 				t.Fatal(err)
 			}
-			sw.noNames = sw.known.file(t, none)
-			n := 0
-			fresh := func() string {
-				n++
-				return filepath.Join(work, fmt.Sprintf("%d-%d", row, n))
-			}
-			whole := fresh()
-			linkTree(t, from, whole)
+			sw.noNames = sw.known.File(t, none)
+			whole := filepath.Join(work, fmt.Sprint(row))
+			storetest.LinkTree(t, from, whole)
 			if err := doFault(t.Context(), whole, inputs, c.do); err != nil {
 				t.Fatal(err)
 			}
-			sw.final = sw.known.of(t, whole)
+			sw.final = sw.known.Of(t, whole)
 			if im, _, err = openFault(whole); err != nil {
 				t.Fatal(err)
 			}
 			if _, err := im.Prune(t.Context()); err != nil {
 				t.Fatal(err)
 			}
-			sw.pruned = sw.known.of(t, whole)
+			sw.pruned = sw.known.Of(t, whole)
 			if fmt.Sprint(sw.start) == fmt.Sprint(sw.final) {
 				t.Fatal("it changes nothing")
 			}
 
-			run := func(root string, judge func(operation) verdict) string {
-				cmd := exec.Command(os.Args[0], "-test.run=^TestFaults$")
-				cmd.Env = append(os.Environ(), "TMPDIR="+t.TempDir(), changeVar+"="+c.name, rootVar+"="+root, inputsVar+"="+inputs)
-				return watch(t, cmd, root, judge)
-			}
-
-			// Once, stopped before each operation: what a kill or a power cut
-			// leaves there.
-			root := fresh()
-			linkTree(t, from, root)
-			keep := fresh()
-			if err := os.Mkdir(keep, 0o700); err != nil {
-				t.Fatal(err)
-			}
-			d := newDisk(t, root, keep)
-			var ops []operation
-			states := map[string]bool{}
-			cutAll := func(done bool) {
-				d.look()
-				all := cuts(r)
-				for _, name := range slices.Sorted(maps.Keys(all)) {
-					for range map[bool]int{true: 10, false: 1}[soak && name == "random"] {
-						to := fresh()
-						id := fmt.Sprint(done, d.after(all[name], to))
-						if !states[id] {
-							states[id] = true
-							if problem := sw.check(t, to, done); problem != "" {
-								t.Errorf("power cut after %d operations (%s): %s\nthe last ones: %v", len(ops), name, problem, ops[max(0, len(ops)-12):])
-							}
-						}
-						if err := os.RemoveAll(to); err != nil {
-							t.Fatal(err)
-						}
-						if t.Failed() {
-							t.FailNow()
-						}
-					}
-				}
-			}
-			got := run(root, func(op operation) verdict {
-				cutAll(false)
-				d.change(op)
-				ops = append(ops, op)
-				return let
-			})
-			if got != "ended: <nil>" {
-				t.Fatalf("without a fault: %q", got)
-			}
-			cutAll(true)
-
-			// And with each operation failing, or the last.
-			kinds := []string{"EIO", "ENOSPC", "disk gone", "killed"}
-			faults := 0
-			for k := 1; k <= len(ops); k++ {
-				for way, kind := range kinds {
-					if !soak && (k+way+row)%len(kinds) != 0 {
-						continue
-					}
-					faults++
-					root := fresh()
-					linkTree(t, from, root)
-					i := 0
-					var failed operation
-					got := run(root, func(op operation) verdict {
-						i++
-						if i == k || i > k && kind == "disk gone" {
-							failed = op
-							return map[string]verdict{"EIO": verdict(unix.EIO), "ENOSPC": verdict(unix.ENOSPC), "disk gone": verdict(unix.EIO), "killed": kill}[kind]
-						}
-						return let
-					})
-					if i >= k && kind != "killed" && !strings.HasPrefix(got, "ended: ") {
-						t.Fatalf("operation %d (%s): it ended with %q", k, kind, got)
-					}
-					if problem := sw.check(t, root, got == "ended: <nil>"); problem != "" {
-						t.Errorf("operation %d (%s, %s): %s\nit said %q", k, kind, failed, problem, got)
-					}
-					if err := os.RemoveAll(root); err != nil {
-						t.Fatal(err)
-					}
-					if t.Failed() {
-						t.FailNow()
-					}
-				}
-			}
-			if now := (prints{}).of(t, from); fmt.Sprint(now) != fmt.Sprint(sw.start) {
-				t.Error("a file of the store was changed in its place")
-			}
-			t.Logf("%d operations: %d states after a kill or a power cut, %d faults, %d stores gone on with; %s",
-				len(ops), len(states), faults, len(sw.tried), time.Since(begin).Round(time.Millisecond))
-			if err := os.RemoveAll(keep); err != nil {
-				t.Fatal(err)
-			}
+			campaign := &storetest.Campaign{Change: c.name, Row: row, From: from, Work: work, Env: []string{inputsVar + "=" + inputs}, Check: sw.check}
+			tried := campaign.Run(t, r)
+			t.Logf("%s, %d stores gone on with; %s", tried, len(sw.tried), time.Since(begin).Round(time.Millisecond))
 		})
 	}
 }
