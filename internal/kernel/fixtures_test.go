@@ -285,8 +285,11 @@ const (
 	fakeDebPath = "pool/updates/main/l/linux/" + fakePackage + "_6.1.199-1_amd64.deb"
 )
 
+// fakeNow is the time at every mirror.
+var fakeNow = time.Date(2026, 6, 1, 12, 0, 0, 0, time.UTC)
+
 func newFakeArchive(t testing.TB) *fakeArchive {
-	now := time.Date(2026, 6, 1, 12, 0, 0, 0, time.UTC)
+	now := fakeNow
 	f := &fakeArchive{
 		t: t, now: now, key: newKey(t, now, 0), byHash: true, stall: time.Minute,
 		release: map[string]string{
@@ -369,9 +372,14 @@ func (f *fakeArchive) suite(suite, base, packages string) {
 
 // archive is the client's view.
 func (f *fakeArchive) archive() *archive {
+	return f.client(f.srv.URL, openpgp.EntityList{f.key})
+}
+
+// client is that of a mirror at url, which may be another process's.
+func (f *fakeArchive) client(url string, keys openpgp.EntityList) *archive {
 	return &archive{
-		mirrors: mirrors{main: []string{f.srv.URL + "/debian"}, security: []string{f.srv.URL + "/security"}},
-		keys:    openpgp.EntityList{f.key},
+		mirrors: mirrors{main: []string{url + "/debian"}, security: []string{url + "/security"}},
+		keys:    keys,
 		client:  newClient(),
 		now:     func() time.Time { return f.now },
 		stall:   f.stall,

@@ -130,7 +130,7 @@ func (ks *Kernels) pull(ctx context.Context, suite string, progress func(Progres
 	if err != nil {
 		return nil, err
 	}
-	unlock, err := ks.s.Lock(ctx, lockName)
+	unlock, err := ks.lock(ctx)
 	if err != nil {
 		return nil, err
 	}
@@ -242,7 +242,7 @@ func (ks *Kernels) importKernel(ctx context.Context, vmlinuz, modules *os.File) 
 		}
 		defer root.Close()
 	}
-	unlock, err := ks.s.Lock(ctx, lockName)
+	unlock, err := ks.lock(ctx)
 	if err != nil {
 		return nil, err
 	}
@@ -252,6 +252,23 @@ func (ks *Kernels) importKernel(ctx context.Context, vmlinuz, modules *os.File) 
 			WithHint("banger kernel rm %s", release)
 	}
 	return ks.install(ctx, vmlinux, tree, record{Version: release, Source: sourceImport}, "")
+}
+
+// lock takes the lock of the kernels. Whoever had it and died may have left a
+// default that was half written, or one that names the kernel it removed: what
+// can be done of that is finished, and the rest is in nobody's way.
+func (ks *Kernels) lock(ctx context.Context) (unlock func(), err error) {
+	unlock, err = ks.s.Lock(ctx, lockName)
+	if err != nil {
+		return nil, err
+	}
+	_ = ks.s.SweepKernels()
+	if version, err := ks.readDefault(); err == nil && version != "" {
+		if _, err := os.Lstat(ks.s.Kernel(version)); errors.Is(err, fs.ErrNotExist) {
+			_ = ks.writeDefault("")
+		}
+	}
+	return unlock, nil
 }
 
 // readImage reads a kernel image: a regular file, which an ELF image makes
@@ -458,7 +475,7 @@ func (ks *Kernels) Remove(ctx context.Context, version string) error {
 	if err := checkRelease(version); err != nil {
 		return banger.Errorf(banger.CodeUsage, "%w", err)
 	}
-	unlock, err := ks.s.Lock(ctx, lockName)
+	unlock, err := ks.lock(ctx)
 	if err != nil {
 		return err
 	}

@@ -332,11 +332,17 @@ func (s *Store) HoldVM(id string) (hold *os.File, err error) {
 
 // SweepVM removes what was half written into a VM's folder by a process that
 // died. The caller holds the VM.
-func (s *Store) SweepVM(id string) error {
-	entries, err := os.ReadDir(s.VM(id))
+func (s *Store) SweepVM(id string) error { return sweepHalfWritten(s.VM(id)) }
+
+// SweepKernels is SweepVM for the folder of the kernels. The caller has the
+// lock of whoever writes there.
+func (s *Store) SweepKernels() error { return sweepHalfWritten(s.Kernels()) }
+
+func sweepHalfWritten(dir string) error {
+	entries, err := os.ReadDir(dir)
 	for _, e := range entries {
 		if isHalfWritten(e.Name()) {
-			err = errors.Join(err, os.Remove(filepath.Join(s.VM(id), e.Name())))
+			err = errors.Join(err, os.Remove(filepath.Join(dir, e.Name())))
 		}
 	}
 	return err
