@@ -28,6 +28,7 @@ var changes = []struct {
 }{
 	{"the first pull", true, pullFault("first")},
 	{"pull of a newer release", false, pullFault("newer")},
+	{"pull of a release built anew", false, pullFault("rebuilt")},
 	{"the first import", true, importFault},
 	{"import", false, importFault},
 	{"rm of the default", false, func(ctx context.Context, ks *Kernels, _ string) error { return ks.Remove(ctx, testRelease) }},

@@ -153,7 +153,7 @@ func (ks *Kernels) pull(ctx context.Context, suite string, progress func(Progres
 		return nil, err
 	}
 	source, label := sourceDebian+suite, pkg.name+" "+pkg.version
-	replaces := ""
+	replaces := false
 	switch old, err := ks.load(release); {
 	case errors.Is(err, fs.ErrNotExist):
 	case err != nil:
@@ -164,7 +164,7 @@ func (ks *Kernels) pull(ctx context.Context, suite string, progress func(Progres
 	case old.Package == label && slices.Equal(old.wanted, bootModules):
 		return old, ks.moveDefault(old)
 	default: // the same release built anew, or unpacked for guests that needed less
-		replaces = old.dir
+		replaces = true
 	}
 
 	if err := truncateFile(file); err != nil {
@@ -251,7 +251,7 @@ func (ks *Kernels) importKernel(ctx context.Context, vmlinuz, modules *os.File) 
 		return nil, banger.Errorf(banger.CodeConflict, "kernel %s: is there already", release).
 			WithHint("banger kernel rm %s", release)
 	}
-	return ks.install(ctx, vmlinux, tree, record{Version: release, Source: sourceImport}, "")
+	return ks.install(ctx, vmlinux, tree, record{Version: release, Source: sourceImport}, false)
 }
 
 // lock takes the lock of the kernels. Whoever had it and died may have left a
@@ -291,10 +291,10 @@ func readImage(f *os.File) ([]byte, error) {
 	return image, nil
 }
 
-// install makes a kernel's folder and gives it its name; replaces is the
-// folder of the kernel that it takes the place of, or "". The caller holds the
-// lock.
-func (ks *Kernels) install(ctx context.Context, vmlinux []byte, tree *moduleTree, r record, replaces string) (*Kernel, error) {
+// install makes a kernel's folder and gives it its name; replaces says that it
+// takes the place of the kernel of that release, which VMs may need. The caller
+// holds the lock.
+func (ks *Kernels) install(ctx context.Context, vmlinux []byte, tree *moduleTree, r record, replaces bool) (*Kernel, error) {
 	tmp, err := ks.s.TempDir("kernel")
 	if err != nil {
 		return nil, err
@@ -316,12 +316,14 @@ func (ks *Kernels) install(ctx context.Context, vmlinux []byte, tree *moduleTree
 	if err := ctx.Err(); err != nil {
 		return nil, err
 	}
-	if replaces != "" {
-		if err := ks.s.Remove(replaces); err != nil {
-			return nil, err
-		}
+	commit := tmp.Commit
+	if replaces {
+		commit = tmp.Replace
 	}
-	if err := tmp.Commit(ks.s.Kernel(r.Version)); err != nil {
+	if err := commit(ks.s.Kernel(r.Version)); errors.Is(err, errors.ErrUnsupported) {
+		return nil, banger.Errorf(banger.CodeUnavailable, "kernel %s: it was built anew, and cannot take the place of the one that is there: %w", r.Version, err).
+			WithHint("banger kernel rm %s, then pull it once more", r.Version)
+	} else if err != nil {
 		return nil, err
 	}
 	k, err := ks.load(r.Version)

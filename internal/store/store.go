@@ -17,6 +17,8 @@ import (
 	"sync"
 	"syscall"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // Names of everything in the state folder. No other file of the project joins
@@ -271,6 +273,28 @@ func (t *Temp) Commit(final string) error {
 	}
 	t.done.Do(func() { t.held.Close() })
 	return errors.Join(syncDir(filepath.Dir(final)), syncDir(filepath.Dir(t.Path)))
+}
+
+// Replace is Commit for a final name that exists: the folder takes its place in
+// one step, and what was there is deleted. A file system that has no such step
+// is an error that wraps errors.ErrUnsupported, and nothing happens.
+func (t *Temp) Replace(final string) error {
+	if err := syncTree(t.Path); err != nil {
+		return err
+	}
+	err := unix.Renameat2(unix.AT_FDCWD, t.Path, unix.AT_FDCWD, final, unix.RENAME_EXCHANGE)
+	if errors.Is(err, unix.EINVAL) || errors.Is(err, unix.ENOSYS) {
+		err = errors.ErrUnsupported
+	}
+	if err != nil {
+		return fmt.Errorf("%s: exchange for a new folder: %w", final, err)
+	}
+	// The old one has the Temp's name, and is the next Open's if this fails.
+	t.done.Do(func() { t.held.Close() })
+	if err := syncDir(filepath.Dir(final)); err != nil {
+		return err
+	}
+	return os.RemoveAll(t.Path)
 }
 
 // Remove deletes the folder; after Commit, or again, it does nothing.

@@ -300,6 +300,28 @@ func TestTemp(t *testing.T) {
 		t.Helper()
 		wantNames(t, filepath.Join(s.Root(), tmpDir))
 	}
+	t.Run("replace", func(t *testing.T) {
+		s, tmp := make(t)
+		if err := tmp.Replace(s.Kernel("1")); !errors.Is(err, fs.ErrNotExist) {
+			t.Errorf("replace of nothing: %v", err)
+		}
+		old := s.Kernel("1")
+		if err := os.Mkdir(old, 0o700); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(filepath.Join(old, "old"), nil, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if err := tmp.Replace(old); err != nil {
+			t.Fatal(err)
+		}
+		wantNames(t, old, "deep")
+		gone(t, s)
+		if err := tmp.Remove(); err != nil {
+			t.Errorf("remove after replace: %v", err)
+		}
+		wantNames(t, old, "deep")
+	})
 	t.Run("commit", func(t *testing.T) {
 		s, tmp := make(t)
 		if err := tmp.Commit(s.Image("a")); err != nil {
