@@ -264,13 +264,16 @@ func (sw *sweep) check(t *testing.T, root string, done bool) (problem string) {
 // or that.
 func TestFaults(t *testing.T) {
 	const inputsVar = "BANGER_TEST_CHANGE_INPUTS"
-	if storetest.Child(t, func(change, root string) error {
-		for _, c := range changes {
-			if c.name == change {
-				return doFault(t.Context(), root, os.Getenv(inputsVar), c.do)
+	if storetest.Child(t, func(change, root string) (func() error, error) {
+		im, _, err := openFault(root)
+		return func() error {
+			for _, c := range changes {
+				if c.name == change {
+					return c.do(t.Context(), im, os.Getenv(inputsVar))
+				}
 			}
-		}
-		return fmt.Errorf("no such change: %s", change)
+			return fmt.Errorf("no such change: %s", change)
+		}, err
 	}) {
 		return
 	}

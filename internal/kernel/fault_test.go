@@ -195,17 +195,16 @@ func names(all ...map[string]string) (out []string) {
 // operations on files.
 func TestFaults(t *testing.T) {
 	const inputsVar = "BANGER_TEST_CHANGE_INPUTS"
-	if storetest.Child(t, func(change, root string) error {
+	if storetest.Child(t, func(change, root string) (func() error, error) {
 		s, err := store.Open(root)
-		if err != nil {
-			return err
-		}
-		for _, c := range changes {
-			if c.name == change {
-				return c.do(t.Context(), Open(s), os.Getenv(inputsVar))
+		return func() error {
+			for _, c := range changes {
+				if c.name == change {
+					return c.do(t.Context(), Open(s), os.Getenv(inputsVar))
+				}
 			}
-		}
-		return fmt.Errorf("no such change: %s", change)
+			return fmt.Errorf("no such change: %s", change)
+		}, err
 	}) {
 		return
 	}
@@ -292,7 +291,8 @@ func TestFaults(t *testing.T) {
 			if fmt.Sprint(sw.start) == fmt.Sprint(sw.final) {
 				t.Fatal("it changes nothing")
 			}
-			campaign := &storetest.Campaign{Change: c.name, Row: row, From: from, Work: work, Env: []string{inputsVar + "=" + inputs}, Check: sw.check}
+			campaign := &storetest.Campaign{Change: c.name, Row: row, From: from, Work: work, Again: true,
+				Env: []string{inputsVar + "=" + inputs}, Check: sw.check}
 			tried := campaign.Run(t, r)
 			t.Logf("%s, %d stores gone on with; %s", tried, len(sw.tried), time.Since(begin).Round(time.Millisecond))
 		})

@@ -27,6 +27,9 @@ type Campaign struct {
 	From   string   // the state folder that it begins with, no file of which it may write to
 	Work   string   // a folder for the state folders that are made
 	Env    []string // of the process that makes the change, beside the test's own
+	// Again has one more fault: an operation fails once, and then the process
+	// makes the change again.
+	Again bool
 	// Check says what is wrong with a state folder that was cut off from the
 	// change, or in which the change failed; "" for nothing. done: the change
 	// was reported as made. Where a power cut left the same in two ways it is
@@ -34,15 +37,21 @@ type Campaign struct {
 	Check func(t *testing.T, root string, done bool) (problem string)
 }
 
+// again is the fault after which the process that met it makes the change once
+// more.
+const again = "EIO, and again"
+
 const (
 	changeVar = "BANGER_TEST_CHANGE"
 	rootVar   = "BANGER_TEST_CHANGE_ROOT"
+	againVar  = "BANGER_TEST_CHANGE_AGAIN"
 )
 
 // Child is what a test that has campaigns does first: in the process that a
-// campaign starts, do makes the change of that name in the state folder root,
-// watched, and Child is true. The test is over then.
-func Child(t *testing.T, do func(change, root string) error) bool {
+// campaign starts, open opens the state folder root, and what it returns makes
+// the change of that name, both watched, and Child is true. The test is over
+// then.
+func Child(t *testing.T, open func(change, root string) (do func() error, err error)) bool {
 	t.Helper()
 	change := os.Getenv(changeVar)
 	if change == "" {
@@ -51,7 +60,12 @@ func Child(t *testing.T, do func(change, root string) error) bool {
 	if err := watched(3); err != nil {
 		t.Fatal(err)
 	}
-	err := do(change, os.Getenv(rootVar))
+	do, err := open(change, os.Getenv(rootVar))
+	if err == nil {
+		if err = do(); err != nil && os.Getenv(againVar) != "" {
+			err = do()
+		}
+	}
 	fmt.Fprint(os.NewFile(3, "reply"), "ended: ", err)
 	return true
 }
@@ -92,10 +106,13 @@ func (c *Campaign) Run(t *testing.T, r *rand.Rand) (tried string) {
 		return filepath.Join(c.Work, fmt.Sprintf("%d-%d", c.Row, n))
 	}
 	name, _, _ := strings.Cut(t.Name(), "/")
-	run := func(root string, judge func(operation) verdict) string {
+	run := func(root, kind string, judge func(operation) verdict) string {
 		cmd := exec.Command(os.Args[0], "-test.run=^"+name+"$")
 		cmd.Env = append(os.Environ(), "TMPDIR="+t.TempDir(), changeVar+"="+c.Change, rootVar+"="+root)
 		cmd.Env = append(cmd.Env, c.Env...)
+		if kind == again {
+			cmd.Env = append(cmd.Env, againVar+"=1")
+		}
 		return watch(t, cmd, root, judge)
 	}
 
@@ -132,7 +149,7 @@ func (c *Campaign) Run(t *testing.T, r *rand.Rand) (tried string) {
 			}
 		}
 	}
-	got := run(root, func(op operation) verdict {
+	got := run(root, "", func(op operation) verdict {
 		cutAll(false)
 		d.change(op)
 		ops = append(ops, op)
@@ -145,10 +162,13 @@ func (c *Campaign) Run(t *testing.T, r *rand.Rand) (tried string) {
 
 	// And with each operation failing, or the last.
 	kinds := []string{"EIO", "ENOSPC", "disk gone", "killed"}
+	if c.Again {
+		kinds = append(kinds, again)
+	}
 	faults := 0
 	for k := 1; k <= len(ops); k++ {
 		for way, kind := range kinds {
-			if !soak && (k+way+c.Row)%len(kinds) != 0 {
+			if !soak && (k+way+c.Row)%4 != 0 {
 				continue
 			}
 			faults++
@@ -156,11 +176,11 @@ func (c *Campaign) Run(t *testing.T, r *rand.Rand) (tried string) {
 			LinkTree(t, c.From, root)
 			i := 0
 			var failed operation
-			got := run(root, func(op operation) verdict {
+			got := run(root, kind, func(op operation) verdict {
 				i++
 				if i == k || i > k && kind == "disk gone" {
 					failed = op
-					return map[string]verdict{"EIO": verdict(unix.EIO), "ENOSPC": verdict(unix.ENOSPC), "disk gone": verdict(unix.EIO), "killed": kill}[kind]
+					return map[string]verdict{"EIO": verdict(unix.EIO), "ENOSPC": verdict(unix.ENOSPC), "disk gone": verdict(unix.EIO), "killed": kill, again: verdict(unix.EIO)}[kind]
 				}
 				return let
 			})

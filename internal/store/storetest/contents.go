@@ -12,6 +12,8 @@ import (
 	"testing"
 
 	"golang.org/x/sys/unix"
+
+	"banger/ext4"
 )
 
 // Contents tells every file of a state folder by its path, less locks and what
@@ -111,7 +113,7 @@ func hashData(t *testing.T, h io.Writer, path string) {
 }
 
 // LinkTree makes a tree of hard links of another: a store changes no file that
-// is in it. Locks are not linked, since who holds one holds all.
+// is in it, but those that are gone on with, which are copied. Locks are not linked, since who holds one holds all.
 func LinkTree(t *testing.T, from, to string) {
 	t.Helper()
 	if err := filepath.WalkDir(from, func(path string, d fs.DirEntry, err error) error {
@@ -123,6 +125,9 @@ func LinkTree(t *testing.T, from, to string) {
 		}
 		if strings.HasSuffix(path, ".lock") {
 			return nil
+		}
+		if goneOnWith(path) {
+			return ext4.CopyFile(t.Context(), to+strings.TrimPrefix(path, from), path)
 		}
 		return os.Link(path, to+strings.TrimPrefix(path, from))
 	}); err != nil {

@@ -211,7 +211,7 @@ func (d *disk) file(ino uint64, p part, to string) (id string) {
 	switch {
 	case strings.HasSuffix(to, ".lock"):
 		return "" // a link of it would be held with it
-	case p == partSynced && synced != "" && strings.Contains(to, "/partial/"): // the one kind of file that is gone on with
+	case p == partSynced && synced != "" && goneOnWith(to):
 		id, err = synced, ext4.CopyFile(d.t.Context(), to, synced)
 	case p == partSynced && synced != "":
 		id, err = synced, os.Link(synced, to)
@@ -230,4 +230,10 @@ func (d *disk) file(ino uint64, p part, to string) (id string) {
 		d.t.Fatal(err)
 	}
 	return id
+}
+
+// goneOnWith tells the files that are written to where they stand: blobs that
+// came in part, and logs.
+func goneOnWith(path string) bool {
+	return strings.Contains(path, "/partial/") || strings.HasSuffix(path, ".log")
 }
