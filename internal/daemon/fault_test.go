@@ -514,7 +514,7 @@ func TestFaults(t *testing.T) {
 				t.Fatal(err)
 			}
 			sw.final = sw.of(t, whole)
-			campaign := &storetest.Campaign{Change: c.name, Row: row, From: from, Work: work, Check: sw.check}
+			campaign := &storetest.Campaign{Change: c.name, Row: row, From: from, Work: work, Again: true, Check: sw.check}
 			tried := campaign.Run(t, r)
 			t.Logf("%s, %d folders gone on with; %s", tried, len(sw.tried), time.Since(begin).Round(time.Millisecond))
 		})

@@ -61,6 +61,10 @@ const (
 	SupervisorSocket = "supervisor.sock"
 )
 
+// ErrNotDurable is wrapped by the error of a Commit or Replace that happened
+// and could not be made to outlast a power cut.
+var ErrNotDurable = errors.New("it is there, and may not outlast a power cut")
+
 // ErrHeld is returned by HoldVM for a VM that somebody else holds.
 var ErrHeld = errors.New("it is held by another process")
 
@@ -258,7 +262,7 @@ func (s *Store) makeHeld(path string) (*os.File, string, error) {
 
 // Commit makes the folder durable and gives it its final name, which must not
 // exist. It either happens whole or not at all; after an error the Temp is
-// still there to be removed.
+// still there to be removed, unless the error is ErrNotDurable.
 func (t *Temp) Commit(final string) error {
 	if err := syncTree(t.Path); err != nil {
 		return err
@@ -272,7 +276,10 @@ func (t *Temp) Commit(final string) error {
 		return err
 	}
 	t.done.Do(func() { t.held.Close() })
-	return errors.Join(syncDir(filepath.Dir(final)), syncDir(filepath.Dir(t.Path)))
+	if err := errors.Join(syncDir(filepath.Dir(final)), syncDir(filepath.Dir(t.Path))); err != nil {
+		return fmt.Errorf("%s: %w: %w", final, ErrNotDurable, err)
+	}
+	return nil
 }
 
 // Replace is Commit for a final name that exists: the folder takes its place in
@@ -292,7 +299,7 @@ func (t *Temp) Replace(final string) error {
 	// The old one has the Temp's name, and is the next Open's if this fails.
 	t.done.Do(func() { t.held.Close() })
 	if err := syncDir(filepath.Dir(final)); err != nil {
-		return err
+		return fmt.Errorf("%s: %w: %w", final, ErrNotDurable, err)
 	}
 	return os.RemoveAll(t.Path)
 }

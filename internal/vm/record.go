@@ -79,7 +79,8 @@ func CheckName(name string) error {
 
 // Create makes a VM: its disks and its records, in a folder of its own that
 // appears under the VM's id as a whole or not at all. The work disk is filled
-// from workSeed. It fills in the disks and the time of r.
+// from workSeed. It fills in the disks and the time of r. After an error there
+// is no VM, unless that cannot be undone, which the error says then.
 func Create(s *store.Store, r *Record, workSeed string) error {
 	if !store.IsID(r.ID) {
 		return banger.Errorf(banger.CodeInternal, "VM: %q is no id", r.ID)
@@ -102,7 +103,15 @@ func Create(s *store.Store, r *Record, workSeed string) error {
 	if err := store.WriteJSON(filepath.Join(tmp.Path, store.VMRecord), recordSchema, r); err != nil {
 		return err
 	}
-	return tmp.Commit(s.VM(r.ID))
+	err = tmp.Commit(s.VM(r.ID))
+	if errors.Is(err, store.ErrNotDurable) {
+		// Its owner is told that it was not made, and may make another one of
+		// that name.
+		if undo := s.Remove(s.VM(r.ID)); undo != nil {
+			err = fmt.Errorf("%w; and it is not undone: %w", err, undo)
+		}
+	}
+	return err
 }
 
 // Load reads the records of a VM. Ones that cannot be read, or are of another
