@@ -123,9 +123,10 @@ type progress struct {
 	cols int
 
 	mu      sync.Mutex
-	step    string // what the last line was about
-	since   time.Time
-	painted bool // the terminal's last line is ours
+	last    api.Progress
+	since   time.Time // of the step, whatever its subjects
+	from    int64     // bytes that were done then
+	painted bool      // the terminal's last line is ours
 	stages  []api.Stage
 	origin  time.Time // of the stages' times: the start of the first call
 }
@@ -173,36 +174,46 @@ func (p *progress) event(e api.Event) {
 }
 
 func (p *progress) progress(g api.Progress) {
-	key := g.Step + " " + g.Subject
 	now := time.Now()
-	if p.step != key {
-		p.step, p.since = key, now
-		if !p.tty {
-			line := escape(key)
-			if g.TotalBytes > 0 {
-				line += " (" + size(g.TotalBytes) + ")"
-			}
-			fmt.Fprintln(p.w, line)
-		}
+	if g.Step != p.last.Step || g.DoneBytes < p.last.DoneBytes {
+		p.since, p.from = now, g.DoneBytes
 	}
+	another := g.Step != p.last.Step || g.Subject != p.last.Subject
+	p.last = g
+	line := escape(g.Step + " " + g.Subject)
 	if !p.tty {
+		if !another {
+			return
+		}
+		if g.TotalBytes > 0 {
+			line += " (" + size(g.TotalBytes) + ")"
+		}
+		fmt.Fprintln(p.w, line)
 		return
 	}
-	line := escape(key)
+	far := ""
 	if g.DoneBytes > 0 {
-		line += "  " + size(g.DoneBytes)
+		far = "  " + size(g.DoneBytes)
 		if g.TotalBytes > 0 {
-			line += " of " + size(g.TotalBytes)
+			far += " of " + size(g.TotalBytes)
 		}
 		if d := now.Sub(p.since); d > 200*time.Millisecond {
-			line += fmt.Sprintf("  %s/s", size(int64(float64(g.DoneBytes)/d.Seconds())))
+			far += fmt.Sprintf("  %s/s", size(int64(float64(g.DoneBytes-p.from)/d.Seconds())))
 		}
 	}
-	if r := []rune(line); len(r) >= p.cols {
-		line = string(r[:p.cols-1])
-	}
-	fmt.Fprintf(p.w, "\r\x1b[K%s", line)
+	fmt.Fprintf(p.w, "\r\x1b[K%s", fit(line, far, p.cols-1))
 	p.painted = true
+}
+
+// fit makes a line of at most so many columns: of what is long the subject is
+// cut, which is a digest as a rule, and not how far it is.
+func fit(subject, far string, cols int) string {
+	const cut = "..."
+	if r := []rune(subject); len(r)+len(far) > cols {
+		subject = string(r[:max(0, cols-len(far)-len(cut))]) + cut
+	}
+	line := []rune(subject + far)
+	return string(line[:min(len(line), cols)])
 }
 
 func (p *progress) clear() {

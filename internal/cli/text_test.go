@@ -8,6 +8,8 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"testing/synctest"
+	"time"
 	"unicode"
 	"unicode/utf8"
 
@@ -204,7 +206,7 @@ func TestProgressOnTerminal(t *testing.T) {
 	var b bytes.Buffer
 	p := &progress{w: &b, cols: 20, tty: true}
 	p.event(api.Event{Progress: &api.Progress{Step: "fetch", Subject: strings.Repeat("é", 100), DoneBytes: 1}})
-	if want := "\r\x1b[Kfetch " + strings.Repeat("é", 13); b.String() != want {
+	if want := "\r\x1b[Kfetch " + strings.Repeat("é", 5) + "...  1 B"; b.String() != want {
 		t.Errorf("got %q, want %q", b.String(), want)
 	}
 	b.Reset()
@@ -214,6 +216,63 @@ func TestProgressOnTerminal(t *testing.T) {
 	if want := "\r\x1b[Kbanger: n\n"; b.String() != want {
 		t.Errorf("got %q, want %q", b.String(), want)
 	}
+}
+
+func TestFit(t *testing.T) {
+	for _, c := range []struct {
+		subject, far string
+		cols         int
+		want         string
+	}{
+		{"fetch x", "  1 B", 12, "fetch x  1 B"},
+		{"fetch xy", "  1 B", 12, "fetc...  1 B"},
+		{"fétch xy", "  1 B", 12, "fétc...  1 B"},
+		{"fetch", "", 5, "fetch"},
+		{"fetch", "", 4, "f..."},
+		{"fetch", "  1 B", 8, "...  1 B"},
+		{"fetch", "  1 B", 7, "...  1 "},
+		{"fetch", "  1 B", 2, ".."},
+		{"fetch", "  1 B", 0, ""},
+	} {
+		if got := fit(c.subject, c.far, c.cols); got != c.want {
+			t.Errorf("%q and %q in %d columns: %q, want %q", c.subject, c.far, c.cols, got, c.want)
+		}
+	}
+}
+
+// TestProgressRate fetches two layers, whose bytes are counted in one: the rate
+// is that of the fetching, not all bytes by the time of the last layer. A step
+// that begins with bytes that were there does not count them.
+func TestProgressRate(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var b bytes.Buffer
+		p := &progress{w: &b, cols: 80, tty: true}
+		at := func(step, subject string, doneMiB int64) string {
+			b.Reset()
+			p.event(api.Event{Progress: &api.Progress{Step: step, Subject: subject, DoneBytes: doneMiB << 20, TotalBytes: 100 << 20}})
+			return strings.TrimPrefix(b.String(), "\r\x1b[K")
+		}
+		at("fetch", "a", 0)
+		time.Sleep(4 * time.Second)
+		if got, want := at("fetch", "a", 40), "fetch a  40.0 MiB of 100 MiB  10.0 MiB/s"; got != want {
+			t.Errorf("%q, want %q", got, want)
+		}
+		at("fetch", "b", 40)
+		time.Sleep(time.Second)
+		if got, want := at("fetch", "b", 60), "fetch b  60.0 MiB of 100 MiB  12.0 MiB/s"; got != want {
+			t.Errorf("%q, want %q", got, want)
+		}
+		at("export", "b", 50)
+		time.Sleep(time.Second)
+		if got, want := at("export", "b", 51), "export b  51.0 MiB of 100 MiB  1.0 MiB/s"; got != want {
+			t.Errorf("%q, want %q", got, want)
+		}
+		at("export", "c", 0) // from the beginning
+		time.Sleep(time.Second)
+		if got, want := at("export", "c", 3), "export c  3.0 MiB of 100 MiB  3.0 MiB/s"; got != want {
+			t.Errorf("%q, want %q", got, want)
+		}
+	})
 }
 
 // Whatever order credit comes in, just what was given is taken.
