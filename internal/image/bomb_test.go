@@ -8,7 +8,6 @@ import (
 	"encoding/hex"
 	"fmt"
 	"io"
-	"math/rand/v2"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -363,20 +362,6 @@ var bombs = []bomb{
 	{name: "a config of three million words", soak: true, want: "words of entrypoint", make: func(b *bombMaker) {
 		b.layer("gzip", func(w io.Writer) { zeros(w, "x", 0, 0) })
 		b.config["config"] = map[string]any{"Cmd": make([]string, 2_700_000)}
-	}},
-	{name: "zeros of 64 GiB, slowly", soak: true, want: "layers of more than 68719476736 bytes", make: func(b *bombMaker) {
-		noise := make([]byte, 512)
-		r := rand.NewChaCha8([32]byte{})
-		b.layer("zstd", func(w io.Writer) { // just under the ratio
-			t := tar.NewWriter(w)
-			t.WriteHeader(&tar.Header{Typeflag: tar.TypeReg, Name: "big", Size: 70 << 30, Mode: 0o644})
-			block := make([]byte, 64<<10)
-			for range (65 << 30) / len(block) {
-				r.Read(noise)
-				copy(block, noise)
-				t.Write(block)
-			}
-		})
 	}},
 }
 

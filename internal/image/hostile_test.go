@@ -297,6 +297,7 @@ func readHostile(t *testing.T, dir string) {
 	state := filepath.Join(canary, "state")
 	im, s := openStore(t, state)
 	im.baseBytes = smallBytes
+	agent := agentFile(t)
 	all := atoms(outside)
 	before := snapshot(t, canary, state)
 	accepted := 0
@@ -330,8 +331,9 @@ func readHostile(t *testing.T, dir string) {
 		src, ref := l.reference("a")
 		src.Blobs = &blobs{Blobs: s.Blobs()}
 		ctx, cancel := context.WithTimeout(t.Context(), hostileLimit)
-		image, err := im.Pull(ctx, src, ref, PullOptions{Name: "x", Agent: agentFile(t)})
+		image, err := im.Pull(ctx, src, ref, PullOptions{Name: "x", Agent: agent})
 		cancel()
+		src.Input.Close() // there are 20,000 of them in make soak
 		if i < len(all) && (err == nil) != (all[i].want == "") || err != nil && i < len(all) && !strings.Contains(err.Error(), all[i].want) {
 			t.Errorf("%s: %v, want %q", what, err, all[i].want)
 		}
@@ -343,7 +345,7 @@ func readHostile(t *testing.T, dir string) {
 			if accepted%4 == 0 {
 				// All that can be done with an image, in the process that may
 				// start no program.
-				if v := verify(t, im, "x", agentFile(t)); v.Differences != nil {
+				if v := verify(t, im, "x", agent); v.Differences != nil {
 					t.Errorf("image %d (%s): %q", i, what, v.Differences)
 				}
 				if err := useAll(t, im, s, image); err != nil {
@@ -412,6 +414,7 @@ func useAll(t *testing.T, im *Images, s *store.Store, image *Image) error {
 		return err
 	}
 	again, ref := reference(t, "docker-archive:"+path, path)
+	defer again.Input.Close()
 	got, err := again.Resolve(ctx, ref)
 	if err != nil || len(got.Layers) != len(stored.Layers) {
 		return fmt.Errorf("exported and read again: %w", err)

@@ -129,6 +129,9 @@ func chooseInLayout(manifests []descriptor, ref Reference) (*descriptor, error) 
 func (l folder) open(name string) (io.ReadCloser, int64, error) {
 	// The folder is the one the caller opened, whatever its path names now.
 	root, err := os.OpenRoot(fmt.Sprintf("/proc/self/fd/%d", l.dir.Fd()))
+	if errno, ok := errors.AsType[unix.Errno](err); ok {
+		return nil, 0, &localError{errno} // out of descriptors, for one
+	}
 	if err != nil {
 		return nil, 0, errors.New("not a folder")
 	}
