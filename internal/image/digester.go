@@ -82,7 +82,7 @@ var (
 // newDigester gives the digester of a file that has no byte yet, and stays the
 // caller's.
 func newDigester(f *os.File) *digester {
-	return &digester{f: f, early: store.NewWriteback(f), pages: make(map[int64]*groupPage), open: make([]openGroup, openGroups)}
+	return &digester{f: f, early: store.NewWriteback(f, false), pages: make(map[int64]*groupPage), open: make([]openGroup, openGroups)}
 }
 
 func (d *digester) ReadAt(p []byte, off int64) (int, error) { return d.f.ReadAt(p, off) }

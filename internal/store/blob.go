@@ -67,7 +67,7 @@ func (b *Blobs) Create(digest string) (*BlobWriter, error) {
 		tmp.Remove()
 		return nil, err
 	}
-	return &BlobWriter{f: f, tmp: tmp, final: final, early: NewWriteback(f)}, nil
+	return &BlobWriter{f: f, tmp: tmp, final: final, early: NewWriteback(f, true)}, nil
 }
 
 // Resume is Create for a blob of so many bytes that comes from far away: what
@@ -88,7 +88,7 @@ func (b *Blobs) Resume(digest string, sizeBytes int64) (*BlobWriter, error) {
 		f.Close()
 		return b.Create(digest)
 	}
-	w := &BlobWriter{f: f, final: final, partial: path, early: NewWriteback(f)}
+	w := &BlobWriter{f: f, final: final, partial: path, early: NewWriteback(f, true)}
 	st, err := f.Stat()
 	if err == nil {
 		if w.have = st.Size(); w.have > sizeBytes {

@@ -14,20 +14,30 @@ const writebackBytes = 8 << 20
 // nothing, unless the disk is behind; an error is the fsync's to tell.
 type Writeback struct {
 	f        *os.File
+	forget   bool
 	from, to int64 // written, and the kernel was not told
+	before   int64 // where the part before that begins
 }
 
-// NewWriteback is for a file that is new or not written to yet.
-func NewWriteback(f *os.File) *Writeback { return &Writeback{f: f} }
+// NewWriteback is for a file that is new or not written to yet. forget is for
+// one that nobody will soon read: what is on the disk leaves memory, which the
+// rest of the file then uses again.
+func NewWriteback(f *os.File, forget bool) *Writeback { return &Writeback{f: f, forget: forget} }
 
 // Wrote tells of n bytes that were written at off. Only what follows the last
 // write is sure to be written out early.
 func (w *Writeback) Wrote(off int64, n int) {
 	if off != w.to {
-		w.from = off
+		w.from, w.before = off, off
 	}
-	if w.to = off + int64(n); w.to-w.from >= writebackBytes {
-		_ = unix.SyncFileRange(int(w.f.Fd()), w.from, w.to-w.from, unix.SYNC_FILE_RANGE_WRITE)
-		w.from = w.to
+	if w.to = off + int64(n); w.to-w.from < writebackBytes {
+		return
 	}
+	fd := int(w.f.Fd())
+	_ = unix.SyncFileRange(fd, w.from, w.to-w.from, unix.SYNC_FILE_RANGE_WRITE)
+	if w.forget {
+		// By now on the disk, if that keeps up; what is not stays.
+		_ = unix.Fadvise(fd, w.before, w.from-w.before, unix.FADV_DONTNEED)
+	}
+	w.before, w.from = w.from, w.to
 }
