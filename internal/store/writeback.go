@@ -35,7 +35,7 @@ func (w *Writeback) Wrote(off int64, n int) {
 	}
 	fd := int(w.f.Fd())
 	_ = unix.SyncFileRange(fd, w.from, w.to-w.from, unix.SYNC_FILE_RANGE_WRITE)
-	if w.forget {
+	if w.forget && w.before < w.from { // no length would be all of the file
 		// By now on the disk, if that keeps up; what is not stays.
 		_ = unix.Fadvise(fd, w.before, w.from-w.before, unix.FADV_DONTNEED)
 	}
