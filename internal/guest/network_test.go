@@ -74,10 +74,7 @@ func TestConfigureCard(t *testing.T) {
 	if os.Geteuid() != 0 {
 		missing(t, "a network namespace needs root")
 	}
-	done := make(chan struct{})
-	go func() {
-		defer close(done)
-		runtime.LockOSThread() // the thread ends with the goroutine
+	onThread(func() {
 		if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
 			t.Error(err)
 			return
@@ -137,6 +134,23 @@ func TestConfigureCard(t *testing.T) {
 				t.Errorf("%s: no error", what)
 			}
 		}
+	})
+}
+
+// onThread runs f in a thread of its own, which ends with it. It is not the
+// process's first one: that cannot end, and its namespaces are what everybody
+// finds at /proc/self.
+func onThread(f func()) {
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		runtime.LockOSThread() // never unlocked but where another has to do it
+		if unix.Gettid() == os.Getpid() {
+			onThread(f)
+			runtime.UnlockOSThread()
+			return
+		}
+		f()
 	}()
 	<-done
 }
