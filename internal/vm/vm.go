@@ -734,13 +734,8 @@ func (v *VM) Stop(ctx context.Context) (clean bool, err error) {
 		return false, err
 	case s != banger.StateRunning && s != banger.StatePaused:
 		return true, nil
-	case isDone(proc): // unasked
-		v.removeRun()
-		x := proc.Exit()
-		if s == banger.StateRunning && (x.Cause == vmm.CauseGuestOff || x.Cause == vmm.CauseGuestReboot) {
-			return x.Cause == vmm.CauseGuestOff, v.to(evExited, "")
-		}
-		return false, v.to(evFailed, "the VMM ended: "+describe(x))
+	case isDone(proc): // unasked, or by a Kill
+		return v.stopEnded(s, proc)
 	}
 	if s == banger.StatePaused {
 		resumeCtx, cancel := context.WithTimeout(ctx, stopVMM)
@@ -748,7 +743,7 @@ func (v *VM) Stop(ctx context.Context) (clean bool, err error) {
 		cancel()
 	}
 	if err := v.to(evStop, ""); err != nil {
-		<-proc.Done() // a Kill was faster, or the guest itself
+		v.awaitRest() // a Kill was faster
 		return false, nil
 	}
 	guestCtx, cancel := context.WithTimeout(ctx, stopGuest)
@@ -783,6 +778,37 @@ func (v *VM) Stop(ctx context.Context) (clean bool, err error) {
 		reason = "the guest did not power off by itself"
 	}
 	return clean, v.to(evExited, reason)
+}
+
+// stopEnded is Stop for a VM whose VMM has ended already, which was in state s
+// when Stop looked. A Kill may have ended it, and then settles it.
+func (v *VM) stopEnded(s banger.State, proc vmm.Process) (clean bool, err error) {
+	v.mu.Lock()
+	if v.life.State != s {
+		v.mu.Unlock()
+		v.awaitRest()
+		return false, nil
+	}
+	defer v.mu.Unlock()
+	v.removeRun()
+	x := proc.Exit()
+	if s == banger.StateRunning && (x.Cause == vmm.CauseGuestOff || x.Cause == vmm.CauseGuestReboot) {
+		return x.Cause == vmm.CauseGuestOff, v.move(evExited, "")
+	}
+	return false, v.move(evFailed, "the VMM ended: "+describe(x))
+}
+
+// awaitRest waits for who is ending the VM.
+func (v *VM) awaitRest() {
+	for {
+		v.mu.Lock()
+		s, changed := v.life.State, v.changed
+		v.mu.Unlock()
+		if Rests(s) {
+			return
+		}
+		<-changed
+	}
 }
 
 // kill ends a VMM and waits for its end.
