@@ -117,7 +117,8 @@ func (z *Reader) fast(p []byte, n int) int {
 		bits |= load64(in, at) << (nbits & 63)
 		at += int((63 - nbits) >> 3)
 		nbits |= 56
-		// At least 56 bits: three codes of a table, or two and the refill.
+		// At least 56 bits: three codes of a table, or two and the refill. Literals
+		// come in rows, so the two after the first are written out.
 		e := litlen[bits&(1<<litlenBits-1)]
 		if e&kindLiteral != 0 {
 			bits >>= e.consume() & 63

@@ -19,8 +19,8 @@ type Writeback struct {
 	before   int64 // where the part before that begins
 }
 
-// NewWriteback is for a file that is new or not written to yet. forget is for
-// one that nobody will soon read: what is on the disk leaves memory, which the
+// NewWriteback is told of all that is written to f from now on. forget is for a
+// file that nobody will soon read: what is on the disk leaves memory, which the
 // rest of the file then uses again.
 func NewWriteback(f *os.File, forget bool) *Writeback { return &Writeback{f: f, forget: forget} }
 
